@@ -1,0 +1,1 @@
+"""The DINOv3 vision transformer, in the file format of the Hugging Face Hub."""
