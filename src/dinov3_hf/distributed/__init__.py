@@ -1,0 +1,1 @@
+"""Reductions over the processes of a run."""

@@ -1,0 +1,77 @@
+"""Reductions over the processes of a run.
+
+Every function is the identity (or 1, or 0) without a process group, so callers need no branch of their own.
+
+Legend: W processes, R rows of a process, `...` any further dimensions.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 without a process group."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over all processes.
+
+    Args:
+        tensor: (...), same shape and dtype in every process.
+
+    Returns:
+        (...), a new tensor, or `tensor` itself in a single process. No gradient passes through it.
+    """
+    return _all_reduce(tensor, dist.ReduceOp.SUM) if world_size() > 1 else tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Element-wise maximum of `tensor` over all processes; otherwise as `all_reduce_sum`."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX) if world_size() > 1 else tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of the ranks; differentiable.
+
+    The gradient of a row is summed over the losses of all processes. With gradients averaged over the processes
+    afterwards, as data parallel training does, this is the gradient of the mean of their losses.
+
+    Args:
+        rows: (R, ...), same shape and dtype in every process.
+
+    Returns:
+        (W * R, ...), or `rows` itself in a single process.
+    """
+    return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    reduced = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(reduced, op=operation)
+    return reduced
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))  # (W * R, ...)
+        dist.all_gather(list(gathered.chunk(world_size())), rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        # An all-reduce and a slice: gloo has no reduce-scatter, and what is gathered here is small (CLS features).
+        num_rows = grad.shape[0] // world_size()
+        return all_reduce_sum(grad)[rank() * num_rows : (rank() + 1) * num_rows]
