@@ -1,0 +1,1 @@
+"""Images to training batches: sources, sampling order, multi-crop views, masks, collation, photometric distortions."""

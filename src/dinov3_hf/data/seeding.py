@@ -1,0 +1,24 @@
+"""Random numbers of the data layer: one independent generator for each purpose and key.
+
+A draw depends on the seed of the run and on what is drawn (which sample, which mask), never on who draws it. Worker
+processes, ranks, gradient accumulation and a restart in the middle therefore leave every view and mask as they were.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What the numbers are for; part of the key, so that equal keys of two purposes do not give equal numbers."""
+
+    ORDER = 0  # key (epoch): permutation of the data set
+    VIEWS = 1  # key (epoch, index): crops, flips and photometric parameters of one sample
+    MASK_COUNTS = 2  # key (step): which crop of the global batch has how many masked patches
+    MASKS = 3  # key (step, entry): blocks of one mask
+
+
+def random_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
+    """Return the generator of `key` within `stream`. All numbers are non-negative integers."""
+    # numpy's SeedSequence takes trailing zeros for absent, so the length of the key tells (epoch,) from (epoch, 0).
+    return np.random.default_rng((seed, stream, len(key), *key))

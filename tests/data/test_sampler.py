@@ -1,0 +1,56 @@
+"""The order of a run: permutations, exact continuation, and the same global batches for any ranks and accumulation."""
+
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+
+from dinov3_hf.data.sampler import StreamSampler
+
+
+def test_every_epoch_is_another_permutation():
+    keys = list(StreamSampler(10, 30, seed=0))
+    assert [position for position, _ in keys] == list(range(30))
+    epochs = [[index for _, index in keys[start : start + 10]] for start in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [index for _, index in StreamSampler(10, 10, seed=1)] != epochs[0]
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("start", [0, 1, 9, 10, 17, 29, 30])
+def test_continues_as_if_it_had_never_stopped(start):
+    sampler = StreamSampler(10, 30, seed=0, start=start)
+    assert list(sampler) == list(StreamSampler(10, 30, seed=0))[start:]
+    assert len(sampler) == 30 - start
+
+
+def test_wraps_where_a_batch_is_larger_than_the_data_set():
+    indices = [index for _, index in StreamSampler(3, 8, seed=0)]
+    assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2]
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_global_batches_do_not_depend_on_ranks_and_accumulation(num_ranks, accumulation):
+    whole = list(BatchSampler(StreamSampler(11, 40, seed=0), 8, drop_last=True))
+    micro_batch = 8 // num_ranks // accumulation
+    shards = [
+        list(
+            BatchSamplerShard(
+                BatchSampler(StreamSampler(11, 40, seed=0), micro_batch, drop_last=True),
+                num_processes=num_ranks,
+                process_index=rank,
+            )
+        )
+        for rank in range(num_ranks)
+    ]
+    for step, expected in enumerate(whole):
+        micro_steps = range(step * accumulation, (step + 1) * accumulation)
+        assert [key for i in micro_steps for shard in shards for key in shard[i]] == expected
+
+
+def test_impossible_runs():
+    with pytest.raises(ValueError, match="the data set is empty"):
+        StreamSampler(0, 8, seed=0)
+    with pytest.raises(ValueError, match="start position 9 is not within the 8 samples"):
+        StreamSampler(4, 8, seed=0, start=9)
