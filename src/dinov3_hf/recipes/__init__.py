@@ -1,0 +1,1 @@
+"""Recipes as package data: one YAML page each, given to the scripts by name."""

@@ -1,0 +1,1 @@
+"""Trainers, their configurations, and what a training step needs beside the model."""

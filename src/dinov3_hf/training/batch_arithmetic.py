@@ -1,0 +1,72 @@
+"""How a global batch is divided over ranks and accumulated micro-batches.
+
+    global_batch_size = micro_batch_size x ranks x accumulation_steps
+
+The global batch belongs to the recipe: schedules, learning-rate scaling, masks and KoLeo groups are functions of it.
+The two other factors belong to the machine and change speed and memory only.
+"""
+
+
+def micro_batch_size(global_batch_size: int, num_ranks: int, wanted: int | None) -> int:
+    """Images of one forward pass on one rank.
+
+    Args:
+        global_batch_size: images of one optimizer step.
+        num_ranks: processes that share the work.
+        wanted: what the user asked for; `None` takes the whole share of a rank (no accumulation).
+
+    Raises:
+        ValueError: the batch does not divide; the message names the nearest sizes that do.
+    """
+    if global_batch_size < num_ranks:
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is smaller than the number of ranks {num_ranks}; use at least "
+            f"{num_ranks}, or start fewer processes."
+        )
+    if global_batch_size % num_ranks:
+        below = global_batch_size // num_ranks * num_ranks
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is not a multiple of the number of ranks {num_ranks}; use {below} "
+            f"or {below + num_ranks}."
+        )
+    share = global_batch_size // num_ranks
+    if wanted is None:
+        return share
+    if wanted < 1 or share % wanted:
+        raise ValueError(
+            f"per_device_train_batch_size {wanted} does not divide the {share} images that each rank has of "
+            f"global_batch_size {global_batch_size}; use {_nearest_divisors(share, wanted)}."
+        )
+    return wanted
+
+
+def check_koleo_groups(group_size: int | None, topk: int, batch_size: int) -> None:
+    """Refuses KoLeo groups that do not tile the images of one forward pass over all ranks.
+
+    Args:
+        group_size: images among which nearest neighbours are sought; `None` is all `batch_size` of them.
+        topk: neighbours of each image.
+        batch_size: micro-batch size times ranks.
+
+    Raises:
+        ValueError: the group does not divide the batch, or is too small for `topk` neighbours.
+    """
+    if group_size is not None and (group_size < 1 or batch_size % group_size):
+        raise ValueError(
+            f"koleo_group_size {group_size} does not divide the {batch_size} images of one forward pass over all "
+            f"ranks; use {_nearest_divisors(batch_size, group_size)}, or null for all of them."
+        )
+    num_images = batch_size if group_size is None else group_size
+    if not 1 <= topk < max(num_images, 2):
+        raise ValueError(
+            f"koleo_topk {topk} needs groups of more than {topk} images, but they have {num_images}; use a koleo_topk "
+            f"from 1 to {max(num_images - 1, 1)}."
+        )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next to `wanted`, as `8 or 16`."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < wanted]
+    above = [divisor for divisor in divisors if divisor > wanted]
+    return " or ".join(str(divisor) for divisor in (below[-1:] + above[:1]))

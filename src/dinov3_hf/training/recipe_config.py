@@ -1,0 +1,333 @@
+"""What the configurations of all trainers share: batch, learning rate, precision, and recipes as YAML."""
+
+import copy
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from dinov3_hf.errors import ArgumentError
+from dinov3_hf.recipes.pages import dump_yaml
+from dinov3_hf.training.batch_arithmetic import micro_batch_size
+from dinov3_hf.training.precision import Precision, resolve_precision
+from dinov3_hf.training.schedules import LRScaling, Schedule, lr_scale_factor
+
+CHANGES_THE_RESULT = "changes the result"
+ORCHESTRATION = "orchestration"
+EFFICIENCY = "efficiency"
+
+
+def changes_the_result(help: str) -> dict[str, str]:
+    """Metadata of a field on which the trained weights depend, whatever the machine."""
+    return {"group": CHANGES_THE_RESULT, "help": help}
+
+
+def orchestration(help: str) -> dict[str, str]:
+    """Metadata of a field that says where and how often to write, log and evaluate."""
+    return {"group": ORCHESTRATION, "help": help}
+
+
+def efficiency(help: str) -> dict[str, str]:
+    """Metadata of a field of speed and memory only."""
+    return {"group": EFFICIENCY, "help": help}
+
+
+def default_report_to() -> str:
+    """TensorBoard where it is installed, else nothing."""
+    return "tensorboard" if importlib.util.find_spec("tensorboard") is not None else "none"
+
+
+# Inherited fields that this trainer does not read, with what to use instead.
+UNUSED_FIELDS = {
+    "num_train_epochs": "a run is counted in optimizer steps: set max_steps",
+    "warmup_steps": "set lr_schedule.warmup_steps",
+    "warmup_ratio": "set lr_schedule.warmup_steps to a share of the run such as 0.1",
+    "lr_scheduler_type": "set lr_schedule",
+    "lr_scheduler_kwargs": "set lr_schedule",
+    "weight_decay": "set weight_decay_schedule (a number is constant)",
+    "optim": "the optimizer is AdamW, fused where it can be",
+    "optim_args": "set adam_beta1, adam_beta2 and adam_epsilon",
+    "optim_target_modules": "the optimizer is AdamW on all parameters",
+    "gradient_accumulation_steps": "it follows from global_batch_size: set per_device_train_batch_size",
+    "auto_find_batch_size": "set per_device_train_batch_size",
+    "average_tokens_across_devices": "there are no tokens to count",
+    "include_num_input_tokens_seen": "there are no tokens to count",
+    "label_smoothing_factor": "there are no labels; the teacher's sharpness is teacher_temperature_schedule",
+    "label_names": "there are no labels",
+    "neftune_noise_alpha": "there are no token embeddings",
+    "use_liger_kernel": "set torch_compile",
+    "liger_kernel_config": "set torch_compile",
+    "bf16": "set precision: auto, bf16 or fp32",
+    "fp16": "set precision: auto, bf16 or fp32; float16 overflows in this objective",
+    "bf16_full_eval": "set precision: auto, bf16 or fp32",
+    "fp16_full_eval": "set precision: auto, bf16 or fp32",
+    "activation_checkpointing": "set gradient_checkpointing",
+    "activation_checkpointing_kwargs": "set gradient_checkpointing_kwargs",
+    "train_sampling_strategy": "the order of the images is a function of seed",
+    "length_column_name": "the order of the images is a function of seed",
+    "data_seed": "the order of the images is a function of seed",
+    "ignore_data_skip": "a resumed run goes on with the next image",
+    "dataloader_drop_last": "the stream of images is endless, every batch is full",
+    "remove_unused_columns": "the step reads every entry of a batch",
+    "debug": "--debug shows the traceback of an error",
+}
+
+
+@dataclass
+class RecipeConfig(TrainingArguments):
+    r"""
+    Arguments of a training run, as a recipe says them. Base class; see [`SSLConfig`].
+
+    Fields come in three groups. *Changes the result*: two runs that agree in these compute the same thing, whatever
+    the machine. *Orchestration*: where and how often to write, log and evaluate. *Efficiency*: speed and memory only.
+
+    Inherited defaults that are changed: `learning_rate=None` (shorthand for the peak of `lr_schedule`),
+    `max_steps=125000`, `max_grad_norm=3.0` (for each sub-module separately), `output_dir="runs/train"`,
+    `logging_steps=10`, `logging_nan_inf_filter=False`, `report_to` (TensorBoard where it is installed),
+    `per_device_train_batch_size=None` (all of a rank's share), `dataloader_drop_last=True`,
+    `remove_unused_columns=False`, `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`.
+
+    Inherited fields that the trainers do not read are refused when they are set: see `UNUSED_FIELDS`.
+    """
+
+    # --- changes the result: optimization ---
+    global_batch_size: int = field(
+        default=2048,
+        metadata=changes_the_result("Images of one optimizer step, over all ranks and micro-batches."),
+    )
+    max_steps: int = field(
+        default=125_000,
+        metadata=changes_the_result("Optimizer steps of the run."),
+    )
+    lr_schedule: Schedule = field(
+        default_factory=lambda: Schedule(0.0, 0.001, 1e-06, warmup_steps=0.1),
+        metadata=changes_the_result(
+            "Learning rate before scaling: a number, or {start, peak, end, warmup_steps, cosine_steps, style,"
+            " truncation}."
+        ),
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=changes_the_result("Shorthand for lr_schedule.peak."),
+    )
+    lr_scaling: LRScaling = field(
+        default="sqrt_wrt_1024",
+        metadata=changes_the_result(
+            "Scaling of the learning rate with the batch: sqrt_wrt_1024 is 4 sqrt(batch / 1024)."
+        ),
+    )
+    weight_decay_schedule: Schedule = field(
+        default_factory=lambda: Schedule(0.04, 0.04, 0.4),
+        metadata=changes_the_result("Weight decay, a schedule like lr_schedule; not applied to biases and norms."),
+    )
+    max_grad_norm: float = field(
+        default=3.0,
+        metadata=changes_the_result(
+            "Limit of the gradient norm, for each sub-module (backbone, heads) separately; 0 is none."
+        ),
+    )
+    adam_beta1: float = field(
+        default=0.9,
+        metadata=changes_the_result("AdamW's beta1."),
+    )
+    adam_beta2: float = field(
+        default=0.999,
+        metadata=changes_the_result("AdamW's beta2."),
+    )
+    adam_epsilon: float = field(
+        default=1e-8,
+        metadata=changes_the_result("AdamW's epsilon."),
+    )
+    seed: int = field(
+        default=42,
+        metadata=changes_the_result("Seed of everything drawn at random: weights, order of the images, views, masks."),
+    )
+
+    # --- orchestration ---
+    output_dir: str | None = field(
+        default="runs/train",
+        metadata=orchestration("Folder for checkpoints, logs and what was trained."),
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata=orchestration("Go on from a checkpoint: last (the newest in output_dir) or a checkpoint folder."),
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata=orchestration("Steps between two log lines (or share of the run)."),
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata=orchestration("Hide NaN losses in the log."),
+    )
+    report_to: str | list[str] | None = field(
+        default_factory=default_report_to, metadata=orchestration("Where to log: tensorboard, wandb, ..., all, none.")
+    )
+
+    # --- efficiency ---
+    precision: Precision = field(
+        default="auto",
+        metadata=efficiency("auto, bf16 (autocast; weights, losses and moving averages stay float32) or fp32."),
+    )
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=efficiency(
+            "Images of one forward pass on one rank; null is all of the rank's share. The rest is accumulated."
+        ),
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata=efficiency("Recompute activations in the backward pass to save memory."),
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata=efficiency("Attention kernel: sdpa, eager, flash_attention_2, flex_attention."),
+    )
+
+    # --- inherited, with another default ---
+    dataloader_drop_last: bool = True
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    ddp_broadcast_buffers: bool | None = False
+
+    UNUSED_FIELDS: ClassVar[dict[str, str]] = UNUSED_FIELDS
+    # Inherited fields with their inherited defaults that --help shows in a group.
+    INHERITED_GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        ORCHESTRATION: (
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "eval_strategy",
+            "eval_steps",
+            "eval_on_start",
+            "run_name",
+        ),
+        EFFICIENCY: (
+            "torch_compile",
+            "tf32",
+            "dataloader_num_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_pin_memory",
+            "use_cpu",
+            "fsdp",
+            "fsdp_config",
+            "deepspeed",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        self._given = {f.name: copy.deepcopy(self.__dict__[f.name]) for f in dataclasses.fields(self) if f.init}
+        self._refuse_unused_fields()
+        for name in ("global_batch_size", "max_steps"):
+            if self.__dict__[name] < 1:
+                raise ValueError(f"{name} {self.__dict__[name]} is not positive; use 1 or more.")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm {self.max_grad_norm} is negative; use 0 for none.")
+        self._parse_schedules()
+        self._choose_arithmetic()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        # The recipe decides, not the launcher's environment.
+        self.mixed_precision = "bf16" if self.bf16 else "no"
+        # Without a launcher the Trainer would wrap the model in DataParallel on a machine with several GPUs, which
+        # splits a batch behind the objective's back.
+        self._n_gpu = min(self.n_gpu, 1)
+        micro_batch = micro_batch_size(self.global_batch_size, self.world_size, self.per_device_train_batch_size)
+        self.per_device_train_batch_size = micro_batch
+        self.gradient_accumulation_steps = self.global_batch_size // (micro_batch * self.world_size)
+
+    def _refuse_unused_fields(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, remedy in self.UNUSED_FIELDS.items():
+            if name in defaults and self._given[name] != defaults[name]:
+                raise ArgumentError(f"{name} is not read by this trainer; {remedy}.")
+
+    def _parse_schedules(self) -> None:
+        for name in self.schedule_names():
+            schedule = Schedule.parse(self.__dict__[name], name)
+            schedule.check(self.max_steps, name)
+            setattr(self, name, schedule)
+        if self.learning_rate is not None:
+            self.lr_schedule = _with_peak(self.lr_schedule, self.learning_rate)
+        self.learning_rate = self.lr_schedule.peak
+
+    def _choose_arithmetic(self) -> None:
+        if resolve_precision(self.precision, self.model_width(), use_cpu=self.use_cpu) == "bf16":
+            self.bf16 = True
+            if not torch.accelerator.is_available():
+                self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is asked for by name
+        if "activation_checkpointing" in self._given:
+            # transformers 5.23 has a new name for gradient_checkpointing and warns about the old one. Follow it,
+            # without this condition, when the oldest supported transformers has it too.
+            self.activation_checkpointing = self.gradient_checkpointing
+
+    def model_width(self) -> int:
+        """Width of the network that is trained, by which `precision: auto` decides on a CPU."""
+        raise NotImplementedError
+
+    @classmethod
+    def schedule_names(cls) -> list[str]:
+        """Names of the fields that hold a schedule."""
+        return [f.name for f in dataclasses.fields(cls) if f.type is Schedule]
+
+    def scaled_lr_schedule(self) -> Schedule:
+        """The learning rate, scaled to the global batch."""
+        return self.lr_schedule.scaled(lr_scale_factor(self.lr_scaling, self.global_batch_size))
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields as they were given, in plain types: a YAML recipe that parses back to an equal configuration.
+
+        What was left to the machine stays so (`precision: auto`, an unset micro-batch), so that the recipe of a run
+        can be taken to another one. Inherited fields appear where they differ from their defaults; tokens never do.
+        `learning_rate` has gone into `lr_schedule`; `resume_from_checkpoint` belongs to a process, not to a recipe.
+        """
+        recipe = {}
+        for f in dataclasses.fields(self):
+            if not f.init or f.name in ("learning_rate", "resume_from_checkpoint") or f.name.endswith("_token"):
+                continue
+            value = _plain(self.__dict__[f.name] if f.type is Schedule else self._given[f.name])
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if "group" in f.metadata or value != _plain(default):
+                recipe[f.name] = value
+        return recipe
+
+    def save_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes the recipe to a YAML file, which the scripts take as their recipe."""
+        Path(path).write_text(dump_yaml(self.recipe()), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields in plain types, for the Trainer's integrations."""
+        inherited: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return {**inherited, **{name: self.__dict__[name].to_plain() for name in self.schedule_names()}}
+
+
+def _with_peak(schedule: Schedule, peak: float) -> Schedule:
+    """The shorthand `learning_rate`: moves the peak, and whatever else is at the peak's value."""
+    if peak == schedule.peak:
+        return schedule
+    if schedule.end > schedule.peak:
+        raise ArgumentError(
+            f"learning_rate is the peak of lr_schedule, but that one rises to its end {schedule.end}; set "
+            "lr_schedule.end instead."
+        )
+    start = peak if schedule.start == schedule.peak else schedule.start
+    end = peak if schedule.end == schedule.peak else schedule.end
+    return dataclasses.replace(schedule, start=start, peak=peak, end=end)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.to_plain()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,335 @@
+"""Configuration of self-supervised pre-training: everything that a recipe can say."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from dinov3_hf.data.masking import MaskSampler
+from dinov3_hf.data.multicrop import MultiCropViews, check_crop_size
+from dinov3_hf.data.photometric import Distortions
+from dinov3_hf.errors import ArgumentError, did_you_mean
+from dinov3_hf.training.batch_arithmetic import check_koleo_groups
+from dinov3_hf.training.field_types import fit_mapping, own_annotations
+from dinov3_hf.training.recipe_config import RecipeConfig, changes_the_result, orchestration
+from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_steps
+
+if TYPE_CHECKING:
+    from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+
+
+@dataclass
+class SSLConfig(RecipeConfig):
+    r"""
+    Arguments of [`SSLTrainer`]: the self-supervised objective, its views, its schedules, and the machine.
+
+    The defaults are the published ViT-L/16 ImageNet-1k recipe with a ViT-S/16, its durations given as shares of the
+    run.
+
+    Inherited defaults that are changed, beside those of [`RecipeConfig`]: `output_dir="runs/pretrain"`.
+    """
+
+    # --- changes the result: model ---
+    backbone: dict[str, Any] = field(
+        default_factory=lambda: {"preset": "vits16"},
+        metadata=changes_the_result(
+            "Mapping: a preset and changes to it ({preset: vits16, drop_path_rate: 0.1}), or fields of the "
+            "backbone's config."
+        ),
+    )
+    dino_head: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=changes_the_result(
+            "Prototype head on the CLS token: num_prototypes 65536, bottleneck_dim 256, hidden_dim 2048, "
+            "num_layers 3, mlp_bias true, unless given."
+        ),
+    )
+    ibot_head: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=changes_the_result("Prototype head on masked patches; entries as in dino_head."),
+    )
+
+    # --- changes the result: objective ---
+    dino_weight: float = field(
+        default=1.0,
+        metadata=changes_the_result("Weight of L_DINO, over global and local crops."),
+    )
+    dino_global_ignore_diagonal: bool = field(
+        default=True,
+        metadata=changes_the_result(
+            "Leave out the pairs of a global crop with itself in the DINO term between global crops."
+        ),
+    )
+    ibot_weight: float = field(
+        default=1.0,
+        metadata=changes_the_result("Weight of L_iBOT on masked patches."),
+    )
+    koleo_weight: float = field(
+        default=0.1,
+        metadata=changes_the_result("Weight of L_DKoleo in L_Pre, for each of the two global crops."),
+    )
+    koleo_group_size: int | None = field(
+        default=None,
+        metadata=changes_the_result(
+            "Images among which KoLeo seeks nearest neighbours: consecutive groups of the global batch; null "
+            "is all of it. A published per-GPU batch becomes a group size."
+        ),
+    )
+    koleo_topk: int = field(
+        default=1,
+        metadata=changes_the_result("Nearest neighbours that KoLeo pushes away."),
+    )
+    student_temperature: float = field(
+        default=0.1,
+        metadata=changes_the_result("Temperature of the student's softmax."),
+    )
+    sinkhorn_iterations: int = field(
+        default=3,
+        metadata=changes_the_result("Iterations of Sinkhorn-Knopp on the teacher's logits."),
+    )
+    mask_probability: float = field(
+        default=0.5,
+        metadata=changes_the_result("Share of the global crops that are masked."),
+    )
+    mask_ratio: list[float] = field(
+        default_factory=lambda: [0.1, 0.5],
+        metadata=changes_the_result("Smallest and largest share of masked patches, spread evenly."),
+    )
+    mask_circular_shift: bool = field(
+        default=False,
+        metadata=changes_the_result("Roll each mask by a random offset, so that no position is preferred."),
+    )
+
+    # --- changes the result: data and views ---
+    train_data: str | None = field(
+        default=None,
+        metadata=changes_the_result("Images to learn from: a folder (nested, no labels needed), or digits."),
+    )
+    image_mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406],
+        metadata=changes_the_result("Mean of each channel, pixel values in [0, 1]."),
+    )
+    image_std: list[float] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225],
+        metadata=changes_the_result("Standard deviation of each channel."),
+    )
+    global_crop_size: int = field(
+        default=224,
+        metadata=changes_the_result("Side of the two global crops in pixels."),
+    )
+    local_crop_size: int = field(
+        default=96,
+        metadata=changes_the_result("Side of the local crops in pixels."),
+    )
+    num_local_crops: int = field(
+        default=8,
+        metadata=changes_the_result("Local crops of an image."),
+    )
+    global_crop_scale: list[float] = field(
+        default_factory=lambda: [0.32, 1.0],
+        metadata=changes_the_result("Smallest and largest share of the area in a global crop."),
+    )
+    local_crop_scale: list[float] = field(
+        default_factory=lambda: [0.05, 0.32],
+        metadata=changes_the_result("Smallest and largest share of the area in a local crop."),
+    )
+    horizontal_flip: bool = field(
+        default=True,
+        metadata=changes_the_result("Mirror half of the crops."),
+    )
+    color_jitter: list[float] = field(
+        default_factory=lambda: [0.4, 0.4, 0.2, 0.1],
+        metadata=changes_the_result("Strength of the jitter of brightness, contrast, saturation and hue."),
+    )
+    color_jitter_probability: float = field(
+        default=0.8,
+        metadata=changes_the_result("Share of the crops whose colours are jittered."),
+    )
+    greyscale_probability: float = field(
+        default=0.2,
+        metadata=changes_the_result("Share of the crops turned grey."),
+    )
+    blur_probabilities: list[float] = field(
+        default_factory=lambda: [0.0, 0.9, 0.5],
+        metadata=changes_the_result("Share of blurred crops: first global, second global, local."),
+    )
+    solarize_probability: float = field(
+        default=0.2,
+        metadata=changes_the_result("Share of the second global crops that are solarized."),
+    )
+
+    # --- changes the result: optimization ---
+    freeze_last_layer_steps: float = field(
+        default=0.01,
+        metadata=changes_the_result(
+            "First steps (or share of the run) in which the heads' last layers stay as they are."
+        ),
+    )
+    layerwise_lr_decay: float = field(
+        default=0.9,
+        metadata=changes_the_result("Factor of the learning rate from each block to the one before it."),
+    )
+    patch_embed_lr_mult: float = field(
+        default=0.2,
+        metadata=changes_the_result("Additional factor of the learning rate of the patch embedding."),
+    )
+    teacher_momentum_schedule: Schedule = field(
+        default_factory=lambda: Schedule(0.992, 0.992, 1.0),
+        metadata=changes_the_result("Momentum of the teacher's moving average, a schedule."),
+    )
+    teacher_temperature_schedule: Schedule = field(
+        default_factory=lambda: Schedule(0.04, 0.07, 0.07, warmup_steps=0.3),
+        metadata=changes_the_result("Temperature of the teacher's assignment, a schedule."),
+    )
+    local_loss_weight_schedule: Schedule = field(
+        default_factory=lambda: Schedule.constant(1.0),
+        metadata=changes_the_result("Factor of the DINO term between local and global crops, a schedule."),
+    )
+
+    # --- orchestration ---
+    output_dir: str | None = field(
+        default="runs/pretrain",
+        metadata=orchestration("Folder for checkpoints, logs and the trained teacher."),
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata=orchestration(
+            "Labelled images for kNN accuracy during the run: a folder of class folders, or digits."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_numbers()
+        self._complete_heads()
+        backbone_config = self.backbone_config()
+        self._check_views(backbone_config.patch_size, backbone_config.num_channels)
+        check_koleo_groups(self.koleo_group_size, self.koleo_topk, self.train_batch_size * self.world_size)
+
+    def _check_numbers(self) -> None:
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations {self.sinkhorn_iterations} is not positive; use 1 or more.")
+        for name in ("student_temperature", "layerwise_lr_decay", "patch_embed_lr_mult"):
+            if self.__dict__[name] <= 0:
+                raise ValueError(f"{name} {self.__dict__[name]} is not positive; use a number above 0.")
+        for name in ("num_local_crops", "freeze_last_layer_steps"):
+            if self.__dict__[name] < 0:
+                raise ValueError(f"{name} {self.__dict__[name]} is negative; use 0 for none.")
+        for name in ("mask_probability", "color_jitter_probability", "greyscale_probability", "solarize_probability"):
+            if not 0 <= self.__dict__[name] <= 1:
+                raise ValueError(f"{name} {self.__dict__[name]} is no probability; use a number from 0 to 1.")
+        for name, example in (("color_jitter", [0.4, 0.4, 0.2, 0.1]), ("blur_probabilities", [0.0, 0.9, 0.5])):
+            values = self.__dict__[name]
+            if len(values) != len(example) or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"{name} {values} must be {len(example)} numbers from 0 to 1, such as {example}.")
+        for name in ("mask_ratio", "global_crop_scale", "local_crop_scale"):
+            pair = self.__dict__[name]
+            if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= 1:
+                raise ValueError(f"{name} {pair} must be a smaller and a larger share between 0 and 1.")
+
+    def _complete_heads(self) -> None:
+        from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import PROTOTYPE_HEAD_DEFAULTS
+
+        types = {name: type(default) for name, default in PROTOTYPE_HEAD_DEFAULTS.items()}
+        for name in ("dino_head", "ibot_head"):
+            setattr(self, name, {**PROTOTYPE_HEAD_DEFAULTS, **fit_mapping(name, self.__dict__[name], types)})
+
+    def _check_views(self, patch_size: int, num_channels: int) -> None:
+        check_crop_size("global_crop_size", self.global_crop_size, patch_size)
+        if self.num_local_crops:
+            check_crop_size("local_crop_size", self.local_crop_size, patch_size)
+        for name in ("image_mean", "image_std"):
+            num_values = len(self.__dict__[name])
+            if num_values != num_channels:
+                raise ValueError(
+                    f"{name} has {num_values} values, but the backbone's num_channels is {num_channels}; give one "
+                    "value for each channel."
+                )
+
+    def model_width(self) -> int:
+        width: int = self.backbone_config().hidden_size
+        return width
+
+    def schedules(self) -> TrainingSchedules:
+        """What each optimizer step reads, with the learning rate scaled to the global batch."""
+        return TrainingSchedules(
+            max_steps=self.max_steps,
+            lr=self.scaled_lr_schedule(),
+            weight_decay=self.weight_decay_schedule,
+            teacher_momentum=self.teacher_momentum_schedule,
+            teacher_temperature=self.teacher_temperature_schedule,
+            local_loss_weight=self.local_loss_weight_schedule,
+            freeze_last_layer_steps=resolve_steps(self.freeze_last_layer_steps, self.max_steps),
+        )
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The backbone's configuration: the preset with the recipe's changes.
+
+        Raises:
+            ArgumentError: no such preset or field, or a value of the wrong type.
+            ValueError: the backbone's own checks.
+        """
+        from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict
+        from dinov3_hf.models.dinov3_vit.presets import PRESETS
+
+        entries = dict(self.backbone)
+        preset = entries.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise ArgumentError(f"backbone.preset {preset!r} is unknown; {did_you_mean(preset, PRESETS)}")
+        model_type = entries.get("model_type", "dinov3_vit")
+        if model_type in BACKBONES:
+            config_class, _ = BACKBONES[model_type]
+            types = own_annotations(config_class)
+            entries = fit_mapping("backbone", entries, {"model_type": str, **types})
+        return backbone_config_from_dict({**PRESETS.get(preset, {}), **entries})
+
+    def pretraining_config(self) -> "DINOv3PreTrainingConfig":
+        """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""
+        from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+
+        backbone_config = self.backbone_config()
+        backbone_config._attn_implementation = self.attn_implementation
+        return DINOv3PreTrainingConfig(
+            backbone_config=backbone_config,
+            dino_head=self.dino_head,
+            ibot_head=self.ibot_head,
+            dino_weight=self.dino_weight,
+            dino_global_ignore_diagonal=self.dino_global_ignore_diagonal,
+            ibot_weight=self.ibot_weight,
+            koleo_weight=self.koleo_weight,
+            koleo_group_size=self.koleo_group_size,
+            koleo_topk=self.koleo_topk,
+            student_temperature=self.student_temperature,
+            sinkhorn_iterations=self.sinkhorn_iterations,
+        )
+
+    def views(self) -> MultiCropViews:
+        """What the data workers cut from each image."""
+        brightness, contrast, saturation, hue = self.color_jitter
+        first_global, second_global, local = self.blur_probabilities
+        return MultiCropViews(
+            global_crop_size=self.global_crop_size,
+            local_crop_size=self.local_crop_size,
+            num_local_crops=self.num_local_crops,
+            global_crop_scale=(self.global_crop_scale[0], self.global_crop_scale[1]),
+            local_crop_scale=(self.local_crop_scale[0], self.local_crop_scale[1]),
+            horizontal_flip=self.horizontal_flip,
+            distortions=Distortions(
+                jitter=(brightness, contrast, saturation, hue),
+                jitter_probability=self.color_jitter_probability,
+                greyscale_probability=self.greyscale_probability,
+                blur_probabilities=(first_global, second_global, local),
+                solarize_probability=self.solarize_probability,
+            ),
+        )
+
+    def masks(self) -> MaskSampler:
+        """What draws the masks of the global crops."""
+        return MaskSampler(
+            self.global_crop_size // self.backbone_config().patch_size,
+            probability=self.mask_probability,
+            ratio_range=(self.mask_ratio[0], self.mask_ratio[1]),
+            circular_shift=self.mask_circular_shift,
+            batch_size=self.global_batch_size,
+            seed=self.seed,
+        )
