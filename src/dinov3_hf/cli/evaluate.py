@@ -1,0 +1,107 @@
+"""`dinov3-hf evaluate TASK MODEL --data ...`: measure frozen features.
+
+What needs torch is imported inside the commands, so that help pages and mistyped options are answered at once.
+"""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dinov3_hf.errors import ArgumentError
+
+# The numbers of neighbours of published kNN results; 20 is usually best.
+KS = [10, 20, 100, 200]
+
+tasks = typer.Typer(rich_markup_mode="markdown")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(tasks, name="evaluate")
+
+
+@tasks.callback(invoke_without_command=True)
+def evaluate(context: typer.Context) -> None:
+    """Measure the frozen features of a model."""
+    if context.invoked_subcommand is None:
+        raise ArgumentError("evaluate needs a task, such as knn; dinov3-hf evaluate --help lists them.")
+
+
+@tasks.command()
+def knn(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub repository.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="`digits`, or a folder with one sub-folder of images a class, directly (a fifth of them is then set "
+            "aside for the test) or under `train/` and `test/` (or `val/`).",
+        ),
+    ],
+    k: Annotated[list[int], typer.Option("--k", min=1, help="Neighbours that vote; repeat it for several.")] = KS,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the softmax over similarities.")] = 0.07,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side of the input in pixels; the image processor's if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images a forward pass.")] = 64,
+    num_workers: Annotated[int, typer.Option("--num_workers", min=0, help="Processes that read images.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run the model in bfloat16.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; a GPU if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
+) -> None:
+    """Accuracy of a k-nearest-neighbour vote over the CLS features.
+
+    Neighbours by cosine similarity, votes weighted by a softmax at the given temperature. Of photos the centre is used
+    (resized to 256, cut to 224, and other sizes in that proportion), of digits the whole.
+    """
+    from dinov3_hf.cli.models import open_model
+    from dinov3_hf.cli.splits import labelled_splits
+    from dinov3_hf.evals.features import extract_features, input_size
+    from dinov3_hf.evals.knn import knn_accuracies
+
+    network, processor = open_model(model, device)
+    side = size or input_size(processor)
+    train, test = labelled_splits(data, network.config.num_channels, side)
+    settings: dict[str, Any] = {"size": side, "batch_size": batch_size, "num_workers": num_workers, "bf16": bf16}
+    train_features, test_features = (
+        extract_features(network, part, processor, part.labels, progress=None if as_json else name, **settings)
+        for name, part in (("training images", train), ("test images", test))
+    )
+    accuracies = knn_accuracies(train_features, test_features, k, temperature, network.device)
+    facts = {
+        "model": model,
+        "data": data,
+        "size": side,
+        "num_train": len(train),
+        "num_test": len(test),
+        "num_classes": len(train.class_names),
+        "knn": accuracies,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+
+
+def show(facts: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"[bold]kNN of {facts['model']} on {facts['data']}[/bold]", highlight=False)
+    table = Table("k", "top 1 %", "top 5 %", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.justify = "right"
+    for k, accuracy in facts["knn"].items():
+        # More neighbours than there are training images means all of them.
+        table.add_row(
+            f"{k} (all)" if k > facts["num_train"] else str(k),
+            f"{accuracy['knn_top1']:.2f}",
+            f"{accuracy['knn_top5']:.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"{facts['num_train']} training and {facts['num_test']} test images of {facts['num_classes']} classes "
+        f"at {facts['size']} x {facts['size']} pixels",
+        highlight=False,
+    )

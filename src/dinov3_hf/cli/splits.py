@@ -1,0 +1,84 @@
+"""Training and test images of `--data` for the commands that need both with labels."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinov3_hf.data.datasets import SPLIT_FOLDERS, ImageSource, Split, load_images
+from dinov3_hf.evals.features import center_crop
+
+# In a folder without test images of its own, every fifth image of a class becomes one, in an order drawn with seed 0.
+TEST_EVERY = 5
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Some images of a source with their labels, read when they are asked for.
+
+    Attributes:
+        source: the images.
+        rows: which of them, int64 (N,).
+        labels: their classes, int64 (N,).
+        class_names: what the labels stand for.
+        crop: side of the centre crop that is taken of each; None leaves them whole.
+    """
+
+    source: ImageSource
+    rows: np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
+    crop: int | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, chosen: np.ndarray) -> "LabelledImages":
+        """Those images where `chosen`, bool (N,), is true."""
+        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+
+    def image(self, i: int) -> np.ndarray | Image.Image:
+        image = self.source.image(int(self.rows[i]))
+        return image if self.crop is None else center_crop(image, self.crop)
+
+
+def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledImages, LabelledImages]:
+    """The training and the test images of `data`.
+
+    Args:
+        data: "digits" (used whole), or a folder with one sub-folder a class (of its images the centre is used), either
+            directly or under `train/` and `test/`.
+        num_channels: of the model.
+        size: of the model's input, in pixels.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no images in it.
+        ValueError: if images lie outside class sub-folders, a class has test images only, or all are too small.
+    """
+    crop = None if data == "digits" else size
+    train = _read(data, "train", num_channels, crop)
+    if data == "digits" or any((Path(data) / name).is_dir() for name in SPLIT_FOLDERS["test"]):
+        return train, _labelled_like(train, _read(data, "test", num_channels, crop), data)
+    is_test = np.zeros(len(train), dtype=bool)
+    order = np.random.default_rng(0).permutation(len(train))
+    for label in range(len(train.class_names)):
+        is_test[order[train.labels[order] == label][TEST_EVERY - 1 :: TEST_EVERY]] = True
+    if not is_test.any():
+        raise ValueError(f"no class in {data} has {TEST_EVERY} images: too few to set some aside for the test.")
+    return train.subset(~is_test), train.subset(is_test)
+
+
+def _read(data: str, split: Split, num_channels: int, crop: int | None) -> LabelledImages:
+    source = load_images(data, split, labelled=True, num_channels=num_channels)
+    assert source.labels is not None and source.class_names is not None  # asked for
+    return LabelledImages(source, np.arange(len(source)), source.labels, source.class_names, crop)
+
+
+def _labelled_like(train: LabelledImages, test: LabelledImages, data: str) -> LabelledImages:
+    """`test` with the labels that `train` gives to the classes of the same names."""
+    unknown = sorted(set(test.class_names) - set(train.class_names))
+    if unknown:
+        raise ValueError(f"the test images in {data} have classes without training images: {', '.join(unknown[:5])}.")
+    translation = np.array([train.class_names.index(name) for name in test.class_names])
+    return replace(test, labels=translation[test.labels], class_names=train.class_names)

@@ -1,0 +1,264 @@
+"""Frozen features of a set of images: the one door through which evaluations reach models.
+
+Letters: N images, B images of a batch, C channels, H and W pixels, T tokens, P = h*w patches, D features.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
+
+from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+
+# Families that this package computes itself; everything else is opened by `AutoModel`.
+OUR_MODELS: dict[str, type[PreTrainedModel]] = {"dinov3_vit": DINOv3ViTModel, "dinov3_vit_native": DINOv3ViTModel}
+
+MODEL_FILES = ("config.json", "preprocessor_config.json")
+
+Picture = Image.Image | np.ndarray
+
+
+class Images(Protocol):
+    """Images by row number, each PIL or a uint8 array (H, W, C)."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> Picture: ...
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images that are in memory already."""
+
+    pictures: Sequence[Picture]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def image(self, i: int) -> Picture:
+        return self.pictures[i]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a frozen model says about N images.
+
+    Attributes:
+        cls: the normalised CLS token of each image, float32 (N, D), on the CPU.
+        labels: the class of each image, int64 (N,), if it was given.
+        patches: the normalised patch tokens, row by row from the top left, float32 (N, P, D), if they were asked for.
+        grid: rows and columns of the patches (h, w), P = h * w, if they were asked for.
+    """
+
+    cls: Tensor
+    labels: Tensor | None = None
+    patches: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+    def patch_maps(self) -> Tensor:
+        """The patch tokens in their places, float32 (N, h, w, D).
+
+        Raises:
+            ValueError: if they were not kept.
+        """
+        if self.patches is None or self.grid is None:
+            raise ValueError("these features have no patches; ask extract_features for them with with_patches=True.")
+        return self.patches.unflatten(1, self.grid)
+
+
+def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Open a model with the image processor that was saved beside it.
+
+    Args:
+        source: a folder written by `save_pretrained`, or the name of a repository on the Hub.
+        device: where the model goes.
+
+    Returns:
+        The model in float32 and evaluation mode, and the image processor.
+
+    Raises:
+        FileNotFoundError: if `source` is a folder without a model or image processor, or a path where nothing is.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not _is_model_folder(folder):
+            models = sorted(
+                filter(_is_model_folder, folder.iterdir()), reverse=True
+            )  # `teacher` before `checkpoint-100`
+            remedy = f"give {models[0]}" if models else "give a folder that save_pretrained wrote, processor included"
+            raise FileNotFoundError(f"{source} is no model folder (it needs {' and '.join(MODEL_FILES)}); {remedy}.")
+    elif source.count("/") != 1 or source.startswith((".", "/", "~")) or folder.parent.is_dir():
+        raise FileNotFoundError(f"there is no model folder {source}; give one, or the OWNER/NAME of a Hub repository.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(f"there is no folder {source}, and as a Hub repository it fails: {error}") from error
+    model_class = OUR_MODELS.get(config.model_type, AutoModel)
+    model: Any = model_class.from_pretrained(source, dtype=torch.float32)
+    return model.to(device).eval(), AutoImageProcessor.from_pretrained(source)
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in MODEL_FILES)
+
+
+def input_size(processor: BaseImageProcessor) -> int:
+    """Side in pixels of the square images that `processor` makes by itself.
+
+    Raises:
+        ValueError: if they are not square.
+    """
+    settings = processor.to_dict()
+    size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    sides = set(size.values())
+    if len(sides) != 1:
+        raise ValueError(f"the image processor makes images of {size}, which are not square; give the size.")
+    return sides.pop()
+
+
+def check_divisible(size: int, patch_size: int) -> None:
+    """Refuse an input side that is not a whole number of patches.
+
+    Raises:
+        ValueError: naming the nearest sides that are.
+    """
+    if size < patch_size or size % patch_size:
+        below = size // patch_size * patch_size
+        nearest = f"{below} or {below + patch_size}" if below else f"{patch_size}"
+        raise ValueError(f"image size {size} is not a multiple of the patch size {patch_size}; use {nearest}.")
+
+
+def to_picture(image: Picture) -> Image.Image:
+    """A PIL image of an array (H, W, C) of uint8 with C = 1 or 3; a PIL image is returned as it is."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def center_crop(image: Picture, size: int) -> Image.Image:
+    """The usual view of a photo in evaluations: 256 -> 224, and other sizes in that proportion.
+
+    The short side is resized to 256/224 of `size` (bicubic) and the central `size` x `size` pixels are kept.
+    """
+    picture = to_picture(image)
+    scale = size * 256 / 224 / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+@torch.inference_mode()
+def extract_features(
+    model: PreTrainedModel,
+    images: Images,
+    processor: BaseImageProcessor,
+    labels: Iterable[int] | None = None,
+    *,
+    size: int | tuple[int, int] | None = None,
+    with_patches: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    bf16: bool = False,
+    progress: str | None = None,
+) -> Features:
+    """Features of `images` by `model`, which is put in evaluation mode for the while.
+
+    Args:
+        model: any model that takes `pixel_values` (B, C, H, W). Its `last_hidden_state` is [CLS, registers, patches]
+            (B, T, D), or a feature map (B, D, h, w) beside a `pooler_output`, which then takes the place of CLS.
+        images: N images, read one by one as they are needed; `ImageList` wraps a list of them.
+        processor: makes `pixel_values` of them.
+        labels: their N classes.
+        size: side in pixels, or (height, width), to which each image is resized; `None` leaves it to the processor.
+        with_patches: keep the patch tokens, 4 * P * D bytes an image.
+        num_workers: processes that read and prepare images; 0 does it in this one.
+        bf16: run the model in bfloat16 autocast; the features are float32 in any case.
+        progress: what the progress bar is called (shown in a terminal only); `None` shows none.
+
+    Raises:
+        ValueError: if there are no images, if `labels` are not as many, or if a side is no multiple of the patch size.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to compute features of.")
+    targets = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)  # (N,)
+    if targets is not None and len(targets) != len(images):
+        raise ValueError(f"{len(images)} images have {len(targets)} labels.")
+
+    prepare = _Prepare(images, processor, size)
+    rows: Any = range(len(images))  # any sequence will do
+    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=prepare)
+    bar = tqdm(total=len(images), desc=progress, unit=" images", disable=True if progress is None else None)
+    cls, patches, grid = [], [], None
+    with bar, evaluation_mode(model):
+        for pixel_values in loader:  # (B, C, H, W)
+            grid = patch_grid(model, *pixel_values.shape[-2:])
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                output = model(pixel_values=pixel_values.to(model.device))
+            tokens = output.last_hidden_state  # (B, T, D) or (B, D, h, w)
+            cls.append((tokens[:, 0] if tokens.ndim == 3 else output.pooler_output.flatten(1)).float().cpu())  # (B, D)
+            if with_patches:
+                if grid is None:
+                    raise ValueError(f"a model of type {model.config.model_type} has no patches of one size.")
+                patches.append(tokens[:, -grid[0] * grid[1] :].float().cpu())  # (B, P, D)
+            bar.update(len(pixel_values))
+    if with_patches:
+        return Features(torch.cat(cls), targets, torch.cat(patches), grid)
+    return Features(torch.cat(cls), targets)
+
+
+def patch_size(model: PreTrainedModel) -> int | None:
+    """Side in pixels of the patches that `model` cuts images into; None for families that do not (ConvNets)."""
+    return model.config.to_dict().get("patch_size")  # the dictionary: not every family's config has the field
+
+
+def patch_grid(model: PreTrainedModel, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of the patches of a `height` x `width` image; None for families without patches.
+
+    Raises:
+        ValueError: if a side is no multiple of the patch size.
+    """
+    side = patch_size(model)
+    if side is None:
+        return None
+    check_divisible(height, side)
+    check_divisible(width, side)
+    return height // side, width // side
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for the while: in training mode even a frozen DINOv3 draws random RoPE scales."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """Row numbers -> pixel values (B, C, H, W). A class, because worker processes must be able to receive it."""
+
+    images: Images
+    processor: BaseImageProcessor
+    size: int | tuple[int, int] | None
+
+    def __call__(self, rows: list[int]) -> Tensor:
+        options: dict[str, Any] = {}
+        if self.size is not None:
+            height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+            options = {"size": {"height": height, "width": width}, "do_center_crop": False}
+        pictures: Any = [self.images.image(row) for row in rows]
+        return self.processor(pictures, return_tensors="pt", **options)["pixel_values"]
