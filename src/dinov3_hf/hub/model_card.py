@@ -1,0 +1,55 @@
+"""The README.md of a model folder, written from what is known about the run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_TEMPLATE = """
+# {name}
+
+A {architecture} backbone ({parameters:.1f} M parameters) pre-trained without labels by the objective of
+[DINOv3](https://arxiv.org/abs/2508.10104) with `dinov3_hf`.
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}")
+```
+
+`pooler_output` is the normalised CLS token, one feature an image; `last_hidden_state` holds
+[CLS, {num_registers} register tokens, patch tokens].
+
+| | |
+|---|---|
+{rows}
+
+`heads.safetensors` holds the DINO and iBOT prototype heads of the teacher, which a continued training starts from.
+"""
+
+
+def write_model_card(
+    folder: Path, architecture: str, num_parameters: int, num_registers: int, facts: Mapping[str, object]
+) -> None:
+    """
+    Write `README.md` for a backbone folder.
+
+    Args:
+        folder: the model folder; its name becomes the card's title.
+        architecture: for example "ViT-S/16".
+        num_parameters: of the backbone.
+        num_registers: register tokens of the backbone.
+        facts: rows of the card's table, for example the recipe, the steps, the evaluation results.
+    """
+    content = _TEMPLATE.format(
+        name=folder.name,
+        architecture=architecture,
+        parameters=num_parameters / 1e6,
+        num_registers=num_registers,
+        rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+    )
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="image-feature-extraction", tags=["dinov3", "self-supervised"]
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(folder / "README.md")

@@ -1,0 +1,37 @@
+"""The backbones that can stand inside the training models: model type -> configuration and model class.
+
+A backbone takes a list of crop groups (`pixel_values`, `bool_masked_pos`) and returns, per group, `pooler_output`
+(normalised CLS token) and `last_hidden_state` ([prefix tokens, patches], normalised). A new family is one line below.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
+from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+
+BACKBONES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTModel),
+    "dinov3_vit_native": (DINOv3ViTNativeConfig, DINOv3ViTModel),
+}
+
+
+def backbone_config_from_dict(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    """Our configuration object for a `config.json` dictionary (or one already built, which is returned as it is)."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(config or {})
+    model_type = fields.pop("model_type", "dinov3_vit")
+    if model_type not in BACKBONES:
+        raise ValueError(
+            f"backbone model_type {model_type!r} cannot be trained here; use one of {', '.join(BACKBONES)}."
+        )
+    config_class, _ = BACKBONES[model_type]
+    return config_class(**fields)
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A freshly initialised backbone for `config`."""
+    _, model_class = BACKBONES[config.model_type]
+    return model_class(config)

@@ -1,0 +1,75 @@
+"""Configuration of the self-supervised objective: one backbone, two prototype heads, the weights of the loss terms."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_dict
+
+PROTOTYPE_HEAD_DEFAULTS: dict[str, Any] = {
+    "num_prototypes": 65536,
+    "bottleneck_dim": 256,
+    "hidden_dim": 2048,
+    "num_layers": 3,
+    "mlp_bias": True,
+}
+
+
+@strict
+class DINOv3PreTrainingConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DINOv3ForPreTraining`]. The defaults are the published ViT-L/16 ImageNet-1k recipe.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the backbone, the same for student and teacher. A `dict` may leave out `model_type`, which
+            then is `dinov3_vit`.
+        dino_head, ibot_head (`dict`, *optional*):
+            Prototype heads on the CLS token and on the masked patches: `num_prototypes`, `bottleneck_dim`,
+            `hidden_dim`, `num_layers`, `mlp_bias`.
+        dino_weight (`float`, *optional*, defaults to 1.0):
+            Weight of L_DINO (local and global crops together).
+        dino_global_ignore_diagonal (`bool`, *optional*, defaults to `True`):
+            Leave out the pairs in which student and teacher see the same global crop.
+        ibot_weight (`float`, *optional*, defaults to 1.0):
+            Weight of L_iBOT.
+        koleo_weight (`float`, *optional*, defaults to 0.1):
+            Weight of L_DKoleo for each of the two global crops.
+        koleo_group_size (`int`, *optional*):
+            Images among which a nearest neighbour is looked for: contiguous groups of the global batch. `None` is the
+            whole global batch. The published recipes use the batch of one GPU (16 to 64 images).
+        koleo_topk (`int`, *optional*, defaults to 1):
+            Nearest neighbours that each image is pushed away from.
+        student_temperature (`float`, *optional*, defaults to 0.1):
+            Temperature of the student's softmax.
+        sinkhorn_iterations (`int`, *optional*, defaults to 3):
+            Iterations of Sinkhorn-Knopp on the teacher's logits.
+    """
+
+    model_type = "dinov3_pretraining"
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    dino_head: dict[str, Any] | None = None
+    ibot_head: dict[str, Any] | None = None
+    dino_weight: float | int = 1.0
+    dino_global_ignore_diagonal: bool = True
+    ibot_weight: float | int = 1.0
+    koleo_weight: float | int = 0.1
+    koleo_group_size: int | None = None
+    koleo_topk: int = 1
+    student_temperature: float = 0.1
+    sinkhorn_iterations: int = 3
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.backbone_config = backbone_config_from_dict(self.backbone_config)
+        self.dino_head = _complete_head("dino_head", self.dino_head)
+        self.ibot_head = _complete_head("ibot_head", self.ibot_head)
+        super().__post_init__(**kwargs)
+
+
+def _complete_head(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    unknown = sorted(set(given or {}) - set(PROTOTYPE_HEAD_DEFAULTS))
+    if unknown:
+        raise ValueError(f"{name} has no field {unknown[0]!r}; its fields are {', '.join(PROTOTYPE_HEAD_DEFAULTS)}.")
+    return {**PROTOTYPE_HEAD_DEFAULTS, **(given or {})}

@@ -1,0 +1,246 @@
+"""`SSLTrainer`: `transformers.Trainer` with what self-supervised training adds to it.
+
+All overrides of the Trainer's internals are in this file:
+
+    get_train_dataloader    one endless stream of samples, the same whatever ranks and accumulation
+    get_batch_samples       with accumulation, the teacher's targets are balanced over all micro-batches of a step
+    create_optimizer        parameter groups with layer-wise rates;  create_scheduler  learning rate and weight decay
+    compute_loss            crops are finished on the device, schedules enter the step
+    _clip_grad_norm         one clip per sub-module
+    evaluate                k nearest neighbours on the teacher's frozen features
+    log                     loss terms, norms, schedule values, images per second
+    _save                   the training state's model, the arguments as YAML and the teacher as a model folder
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer
+
+from dinov3_hf.data.collators import collate_views
+from dinov3_hf.data.datasets import ImageSource, SSLDataset
+from dinov3_hf.data.photometric import Photometric
+from dinov3_hf.data.sampler import StreamSampler
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
+from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback, TrainingProgressCallback
+from dinov3_hf.training.clipping import clip_gradients
+from dinov3_hf.training.metrics import RunningMeans
+from dinov3_hf.training.param_groups import parameter_groups
+from dinov3_hf.training.recipe_scheduler import RecipeScheduler
+from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.teacher_folder import frozen_knn, save_teacher_folder
+
+Batch = dict[str, Any]
+
+
+class SSLTrainer(Trainer):
+    """
+    Trains [`DINOv3ForPreTraining`] on images.
+
+    Args:
+        model: student, teacher and heads.
+        args: the recipe.
+        train_images: what to learn from; labels are not looked at.
+        eval_images: labelled reference and query images for the k-nearest-neighbour evaluation of the teacher.
+        callbacks: further `TrainerCallback`s.
+    """
+
+    model: DINOv3ForPreTraining
+    args: SSLConfig
+
+    def __init__(
+        self,
+        model: DINOv3ForPreTraining,
+        args: SSLConfig,
+        train_images: ImageSource,
+        eval_images: tuple[ImageSource, ImageSource] | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=SSLDataset(train_images, args.views(), args.masks(), seed=args.seed),
+            eval_dataset=eval_images,
+            callbacks=callbacks,
+        )
+        self.schedules = args.schedules()
+        self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
+        self.add_callback(TeacherUpdateCallback(self.schedules))
+        self.add_callback(CollapseWarningCallback())
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingProgressCallback())
+        self._means = RunningMeans()
+        self._last_log: tuple[float, int] | None = None  # time in seconds, step
+
+    @property
+    def submodules(self) -> dict[str, nn.Module]:
+        """The parts of the student that have a parameter group namespace and a gradient clip of their own."""
+        student = self.model.student
+        return {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        sampler = StreamSampler(
+            len(self.train_dataset), num_positions=args.max_steps * args.global_batch_size, seed=args.seed
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.per_device_train_batch_size,
+            sampler=sampler,
+            collate_fn=collate_views,
+            drop_last=True,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """
+        The micro-batches of one optimizer step. When there are several, the teacher looks at all of them first, so
+        that Sinkhorn-Knopp balances its targets over the whole batch and accumulation changes nothing but memory.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) > 1:
+            self._attach_targets(batches)
+        return batches, num_items
+
+    @torch.no_grad()
+    def _attach_targets(self, batches: list[Batch]) -> None:
+        logits: list[TeacherLogits] = []
+        for batch in batches:
+            inputs = self._prepare_inputs({key: batch[key] for key in ("global_crops", "global_photometric")})
+            crops = self.photometric(inputs["global_crops"], inputs["global_photometric"])
+            with self.accelerator.autocast():
+                logits.append(self.model.teacher_logits(crops, batch["mask_indices"].to(crops.device)))
+        temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
+        for batch, target in zip(batches, self.model.teacher_targets_of_step(logits, temperature), strict=True):
+            batch["target"] = target
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            args = self.args
+            groups = parameter_groups(
+                self.submodules,
+                layerwise_lr_decay=args.layerwise_lr_decay,
+                patch_embed_lr_mult=args.patch_embed_lr_mult,
+            )
+            self.optimizer = AdamW(
+                groups,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                fused=_has_fused_adamw(args.device),
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = RecipeScheduler(self.optimizer if optimizer is None else optimizer, self.schedules)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        values = self.schedules.at(self.state.global_step)
+        output = model(
+            global_crops=self.photometric(inputs["global_crops"], inputs["global_photometric"]),
+            local_crops=self.photometric(inputs["local_crops"], inputs["local_photometric"]),
+            mask=inputs["mask"],
+            mask_indices=inputs["mask_indices"],
+            mask_weight=inputs["mask_weight"],
+            teacher_temperature=values["teacher_temperature"],
+            local_loss_weight=values["local_loss_weight"],
+            target=inputs.get("target"),
+        )
+        self._means.add({f"loss/{name}": value for name, value in output.losses.items()})
+        self._means.add({f"prototypes/{name}_entropy": value for name, value in output.prototype_entropy.items()})
+        return (output.loss, output) if return_outputs else output.loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return 0  # the Trainer would count tokens of a language model
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norms = clip_gradients(self.submodules, self.args.max_grad_norm)
+        self._means.add({f"grad_norm/{name}": norm for name, norm in norms.items()})
+        return torch.stack(list(norms.values())).norm()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """k-nearest-neighbour accuracy of the teacher's CLS tokens, in percent, as `{prefix}_knn_top1`."""
+        images = self.eval_dataset if eval_dataset is None else eval_dataset
+        if images is None:
+            raise ValueError("evaluate needs labelled images; pass eval_images to SSLTrainer or set eval_data.")
+        shared: list[dict[str, float]] = [{}]
+        if self.is_world_process_zero():
+            accuracies = frozen_knn(self.model.teacher.backbone, *images, args=self.args)
+            shared = [{f"{metric_key_prefix}_{name}": value for name, value in accuracies.items()}]
+        [metrics] = broadcast_object_list(shared)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            step = self.state.global_step
+            values = self.schedules.at(step - 1)  # of the step just taken
+            logs = {
+                **logs,
+                **self._means.pop(),
+                "learning_rate": values["lr"],
+                **{f"schedule/{name}": value for name, value in values.items()},
+            }
+            now = time.perf_counter()
+            if self._last_log is not None:
+                then, last_step = self._last_log
+                logs["images_per_second"] = (step - last_step) * self.args.global_batch_size / (now - then)
+            self._last_log = (now, step)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.args.recipe(), sort_keys=False))
+        self.save_teacher(folder / "teacher")
+
+    def save_teacher(self, folder: Path) -> None:
+        """Write the teacher backbone as a model folder that plain `transformers` opens, with its heads beside it."""
+        save_teacher_folder(self.model.teacher, self.args, folder, facts=self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        facts: dict[str, object] = {
+            "images seen": f"{self.state.global_step * self.args.global_batch_size:,}",
+            "optimizer steps": f"{self.state.global_step:,}",
+            "global batch": self.args.global_batch_size,
+            "crops": f"2 x {self.args.global_crop_size} px, {self.args.num_local_crops} x {self.args.local_crop_size} px",
+        }
+        for entry in reversed(self.state.log_history):
+            if "eval_knn_top1" in entry:
+                facts["k-NN top-1 (%)"] = f"{entry['eval_knn_top1']:.1f}"
+                break
+        return facts
+
+
+def _has_fused_adamw(device: torch.device) -> bool:
+    return device.type in ("cuda", "cpu", "mps", "xpu")

@@ -1,0 +1,170 @@
+"""`training_scripts/pretrain.py` as users run it: real processes, real files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "training_scripts" / "pretrain.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+RECIPE = """
+train_data: digits
+backbone: {patch_size: 4, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+           layerscale_value: 1.0e-5}
+dino_head: {num_prototypes: 32, bottleneck_dim: 16, hidden_dim: 32, num_layers: 2}
+ibot_head: {num_prototypes: 32, bottleneck_dim: 16, hidden_dim: 32, num_layers: 2}
+global_crop_size: 16
+local_crop_size: 8
+num_local_crops: 2
+global_batch_size: 8
+koleo_group_size: 4
+max_steps: 4
+lr_schedule: 1e-3
+freeze_last_layer_steps: 0
+teacher_temperature_schedule: 0.06
+logging_steps: 1
+save_strategy: steps
+save_steps: 2
+precision: fp32
+use_cpu: true
+report_to: none
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def pretrain(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
+
+
+def succeed(*arguments: object, **options) -> str:
+    done = pretrain(*arguments, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def test_folder_of_photos_with_accelerate_launch(recipe, tmp_path):
+    photos = tmp_path / "photos" / "nested"
+    photos.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for i in range(3):  # fewer than a batch
+        Image.fromarray(generator.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(photos / f"{i}.jpg")
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launcher = (str(accelerate), "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
+    succeed(recipe, "--train_data", tmp_path / "photos", "--output_dir", tmp_path / "run", launcher=launcher)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"):
+        assert (folder / "teacher" / "model.safetensors").is_file()
+
+
+def test_accumulation_follows_the_whole_batch(recipe, tmp_path):
+    plain = ("--backbone.pos_embed_rescale", "null")
+    succeed(recipe, *plain, "--output_dir", tmp_path / "whole")
+    succeed(recipe, *plain, "--output_dir", tmp_path / "parts", "--per_device_train_batch_size", 4)
+    whole, parts = (logged(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    assert [entry["loss"] for entry in parts] == pytest.approx([entry["loss"] for entry in whole], rel=1e-4)
+
+
+def test_two_processes_follow_one(recipe, tmp_path):
+    plain = ("--backbone.pos_embed_rescale", "null")
+    succeed(recipe, *plain, "--output_dir", tmp_path / "one")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    succeed(recipe, *plain, "--output_dir", tmp_path / "two", launcher=torchrun)
+    one, two = (logged(tmp_path / name / "checkpoint-4") for name in ("one", "two"))
+    assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=1e-4)
+    assert [e["loss/koleo"] for e in two] == pytest.approx([e["loss/koleo"] for e in one], rel=1e-4)
+
+
+def test_bf16_autocast_on_the_cpu_stays_near_float32(recipe, tmp_path):
+    for precision in ("fp32", "bf16"):
+        succeed(recipe, "--precision", precision, "--output_dir", tmp_path / precision)
+    exact, rounded = (logged(tmp_path / name / "checkpoint-4") for name in ("fp32", "bf16"))
+    assert [e["loss"] for e in rounded] != [e["loss"] for e in exact]
+    assert [e["loss"] for e in rounded] == pytest.approx([e["loss"] for e in exact], rel=0.02)
+    weights = load_file(tmp_path / "bf16" / "checkpoint-4" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_resumed_run_ends_where_the_uninterrupted_one_does(recipe, tmp_path):
+    succeed(recipe, "--output_dir", tmp_path / "whole")
+    run = tmp_path / "run"
+    succeed(recipe, "--output_dir", run)
+    # as if the run had been killed after its first checkpoint
+    for entry in sorted((run / "checkpoint-4").rglob("*"), reverse=True):
+        entry.rmdir() if entry.is_dir() else entry.unlink()
+    (run / "checkpoint-4").rmdir()
+    succeed(recipe, "--output_dir", run, "--resume_from_checkpoint", "last")
+    assert [entry["loss"] for entry in logged(run / "checkpoint-4")] == [
+        entry["loss"] for entry in logged(tmp_path / "whole" / "checkpoint-4")
+    ]
+    ours, whole = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_help_has_the_three_groups():
+    text = succeed("--help")
+    for group in ("changes the result", "orchestration", "efficiency"):
+        assert group in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("no_such_recipe",), 2, "no_such_recipe"),
+        (("RECIPE", "--global_bach_size", "8"), 2, "global_batch_size"),
+        (("RECIPE", "--max_steps", "many"), 2, "max_steps"),
+        (("RECIPE", "--train_data", "nowhere/photos"), 1, "nowhere"),
+        (("RECIPE", "--train_data", "EMPTY"), 1, "EMPTY"),
+        (("RECIPE", "--train_data", "TEXTS"), 1, "no image"),
+        (("RECIPE", "--global_crop_size", "18"), 1, "16 or 20"),
+        (("RECIPE", "--per_device_train_batch_size", "3"), 1, "2 or 4"),
+        (("RECIPE", "--resume_from_checkpoint", "last"), 1, "checkpoint"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_status(recipe, tmp_path, arguments, status, says):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "TEXTS").mkdir()
+    (tmp_path / "TEXTS" / "notes.txt").write_text("no picture")
+    places = {"RECIPE": recipe, "EMPTY": tmp_path / "EMPTY", "TEXTS": tmp_path / "TEXTS"}
+    done = pretrain(*(places.get(argument, argument) for argument in arguments), "--output_dir", tmp_path / "run")
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert lines[-1].startswith("error: ") and says in lines[-1]
+    assert len(lines) == 1, done.stderr
+
+
+def test_batch_smaller_than_the_ranks(recipe, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = pretrain(recipe, "--global_batch_size", 1, "--output_dir", tmp_path / "run", launcher=torchrun)
+    assert done.returncode == 1
+    assert "error: global_batch_size 1 is smaller than the number of ranks 2" in done.stderr
+
+
+def test_checkpoint_of_another_architecture(recipe, tmp_path):
+    succeed(recipe, "--output_dir", tmp_path / "run")
+    done = pretrain(
+        *(recipe, "--backbone.hidden_size", 64, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "last")
+    )
+    assert done.returncode == 1
+    assert "hidden_size is 32 there and 64 in this recipe" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
