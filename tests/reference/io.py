@@ -1,0 +1,77 @@
+"""Reads recorded cases: a folder with `case.json` and safetensors files, or one plain JSON file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+CASE_FILE = "case.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded case, read on demand.
+
+    `weights` have native state-dict names; `outputs` are what the original implementation computed from them and
+    from `inputs` under the settings in `spec`.
+    """
+
+    folder: Path
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        return read_json(self.folder / CASE_FILE)
+
+    @property
+    def kind(self) -> str:
+        return self.spec["kind"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.spec["config"]
+
+    @property
+    def constructor(self) -> dict[str, Any]:
+        return self.config["constructor"]
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        return self._tensors("weights")
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        return self._tensors("inputs")
+
+    @cached_property
+    def outputs(self) -> dict[str, Tensor]:
+        return self._tensors("outputs")
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        # A case without tensors of a sort has no file for it.
+        return load_file(self.folder / f"{name}.safetensors") if self.spec[name] else {}
+
+
+def find_cases(path: Path) -> Iterator[Path]:
+    """Case folders and JSON files at or below `path`, sorted.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no folder or file {path}.")
+    if path.is_file() or (path / CASE_FILE).is_file():
+        yield path
+        return
+    for child in sorted(path.iterdir()):
+        if child.is_dir() or child.suffix == ".json":
+            yield from find_cases(child)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,134 @@
+"""The package reproduces the recorded cases in tests/fixtures, and the runner notices when it does not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.reference.__main__ import main
+from tests.reference.compare import Comparison, Declined
+from tests.reference.io import find_cases
+from tests.reference.topics import check_case
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CASES = list(find_cases(FIXTURES))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "/".join(case.relative_to(FIXTURES).parts))
+def test_case(case):
+    try:
+        compare = check_case(case)
+    except Declined as reason:
+        assert "batch norm" in str(reason)
+        return
+    assert compare.errors
+    assert compare.misses == []
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A writable copy of a small case."""
+    return Path(shutil.copytree(FIXTURES / "d_losses" / "koleo", tmp_path / "topic" / "koleo"))
+
+
+def edit(case: Path, change) -> None:
+    spec = json.loads((case / "case.json").read_text())
+    change(spec)
+    (case / "case.json").write_text(json.dumps(spec))
+
+
+def test_a_passing_case(copied, capsys):
+    assert main([str(copied)]) == 0
+    output = capsys.readouterr().out
+    assert "koleo: ok, 16 tensors, largest error" in output
+    assert output.endswith("1 cases, 0 misses\n")
+
+
+def test_one_perturbed_number_fails(copied, capsys):
+    outputs = load_file(copied / "outputs.safetensors")
+    outputs["koleo/x/grad"][3, 5] += 1e-4
+    save_file(outputs, copied / "outputs.safetensors")
+    assert main([str(copied.parent)]) == 1
+    assert "koleo/x/grad: error" in capsys.readouterr().out
+
+
+def test_an_output_that_is_not_compared_fails(copied, capsys):
+    outputs = load_file(copied / "outputs.safetensors")
+    save_file({**outputs, "koleo/x/something_else": torch.zeros(1)}, copied / "outputs.safetensors")
+    assert main([str(copied)]) == 1
+    assert "koleo/x/something_else: not compared" in capsys.readouterr().out
+
+
+def test_an_unknown_kind_fails_wherever_it_is(copied, capsys):
+    edit(copied, lambda spec: spec.update(kind="telepathy"))
+    assert main([str(copied.parent)]) == 1
+    assert "unknown kind: telepathy" in capsys.readouterr().out
+
+
+def test_what_is_not_in_the_package_yet_fails_only_when_it_is_named(copied, capsys):
+    edit(copied, lambda spec: spec.update(kind="detector"))
+    assert main([str(copied.parent)]) == 0
+    assert main([str(copied)]) == 1
+    assert capsys.readouterr().out.count("not in the package yet: detector") == 2
+
+
+def test_a_declined_option_is_no_miss(capsys):
+    assert main([str(FIXTURES / "c_dino_head" / "batchnorm_train")]) == 0
+    assert "declined: batch norm" in capsys.readouterr().out
+
+
+def test_a_case_that_cannot_be_run_fails_and_the_others_go_on(copied, capsys):
+    second = shutil.copytree(copied, copied.parent / "second")
+    edit(copied, lambda spec: spec["config"].update(topk=[100]))
+    assert main([str(copied.parent)]) == 1
+    output = capsys.readouterr().out
+    assert "koleo: MISS: ValueError: KoLeo topk 100" in output
+    assert f"{second.name}: ok" in output
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_path_without_cases_is_refused(tmp_path, name, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / name)])
+    assert stopped.value.code == 2
+    assert name in capsys.readouterr().err
+
+
+def compare_one(actual, expected, rtol=0.0, atol=0.0) -> Comparison:
+    compare = Comparison({"x": expected}, rtol, atol)
+    compare.check("x", actual)
+    compare.finish()
+    return compare
+
+
+def test_tolerance_is_absolute_plus_relative():
+    expected = torch.tensor([1.0, -100.0])
+    assert not compare_one(expected + torch.tensor([0.01, 0.9]), expected, rtol=0.01, atol=0.01).misses
+    assert compare_one(expected + torch.tensor([0.03, 0.0]), expected, rtol=0.01, atol=0.01).misses
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [
+        (torch.tensor([float("nan")]), torch.tensor([1.0])),
+        (torch.tensor([float("nan")]), torch.tensor([float("nan")])),
+        (torch.tensor([float("inf")]), torch.tensor([1.0])),
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(()), torch.zeros(1)),
+        (torch.tensor([1]), torch.tensor([2])),
+        (torch.tensor([True]), torch.tensor([False])),
+    ],
+)
+def test_differences_that_no_tolerance_allows(actual, expected):
+    tolerance = 10.0 if expected.is_floating_point() else 0.0
+    assert compare_one(actual, expected, atol=tolerance).misses
+
+
+def test_equal_tensors_pass_at_no_tolerance():
+    assert not compare_one(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])).misses
+    assert not compare_one(torch.zeros(2, 0), torch.zeros(2, 0)).misses

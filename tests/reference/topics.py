@@ -1,0 +1,132 @@
+"""What checks what: kinds of case folders, and structures of plain JSON files."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import heads, initialisation, inventory, losses, masking, param_groups, schedules, steps, vit
+from .compare import Comparison, NotInThePackageYet
+from .io import Case, read_json
+
+
+class UnknownKind(Exception):
+    """A case that this runner cannot read."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """How cases of a kind are checked, and which of their recorded tensors are not compared, with the reason."""
+
+    run: Callable[[Case, Comparison], None]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+KINDS: dict[str, Check] = {
+    "vit": Check(vit.check_vit),
+    "rope_table": Check(vit.check_rope_table),
+    "vit_rope_augmentation": Check(vit.check_vit_with_draws),
+    "vit_drop_path": Check(vit.check_vit_with_draws),
+    "prototype_head": Check(heads.check_prototype_head),
+    "dino_loss": Check(losses.check_dino_loss, losses.LEFT_OUT),
+    "ibot_loss": Check(losses.check_ibot_loss, losses.LEFT_OUT),
+    "koleo_loss": Check(losses.check_koleo_loss),
+    "gram_loss": Check(losses.check_gram_loss),
+    "losses_two_processes": Check(losses.check_losses_two_processes),
+    "ssl_step": Check(steps.check_ssl_step),
+    "ssl_trajectory": Check(steps.check_ssl_trajectory),
+    "schedules": Check(schedules.check_primitives),
+    "collate": Check(masking.check_collate),
+}
+
+KINDS_NOT_IN_THE_PACKAGE_YET = (
+    "convnext",
+    "distillation_step",
+    "multi_distillation_step",
+    "distillation_trajectory",
+    "dinotxt",
+    "contrastive_two_processes",
+    "knn",
+    "logistic_regression",
+    "multi_scale",
+    "segmentation_metrics",
+    "depth_metrics",
+    "linear_classifier",
+    "seg_linear",
+    "depth_linear",
+    "depth_dpt",
+    "features_to_depth",
+    "dense_encoder_vit",
+    "dense_encoder_convnext",
+    "ms_deform_attn",
+    "adapter_mask2former",
+    "sliding_window",
+    "box_reparameterisation",
+    "detector",
+)
+
+
+@dataclass(frozen=True)
+class JsonTopic:
+    """A plain JSON file, recognised by its structure."""
+
+    name: str
+    matches: Callable[[Any], bool]
+    run: Callable[[Any, Comparison], None] | None  # None: not in the package yet
+
+
+def _has(*keys: str) -> Callable[[Any], bool]:
+    return lambda content: isinstance(content, dict) and set(keys) <= set(content)
+
+
+def _all_have(content: Any, *keys: str) -> bool:
+    return isinstance(content, dict) and all(_has(*keys)(entry) for entry in content.values())
+
+
+JSON_TOPICS: tuple[JsonTopic, ...] = (
+    JsonTopic("schedules", schedules.is_whole_configuration, schedules.check_whole_configuration),
+    JsonTopic("param_groups", param_groups.is_param_groups, param_groups.check_param_groups),
+    JsonTopic("mask statistics", masking.is_mask_statistics, masking.check_mask_statistics),
+    JsonTopic("initialisation", initialisation.is_initialisation, initialisation.check_initialisation),
+    JsonTopic("inventory", inventory.is_inventory, inventory.check_inventory),
+    JsonTopic("augmentation", _has("order_global_crop", "measured_shapes"), None),
+    JsonTopic("text tokenizer", _has("context_length", "vocab_size", "rows"), None),
+    JsonTopic("settings of the released heads", _has("dinov3_vit7b16_dd", "dinov3_vit7b16_lc"), None),
+    JsonTopic("parameter counts", lambda content: _all_have(content, "parameters", "state_dict_entries"), None),
+)
+
+
+def check_case(path: Path) -> Comparison:
+    """Checks one case folder or JSON file.
+
+    Raises:
+        UnknownKind, NotInThePackageYet, Declined: nothing was compared.
+    """
+    return _check_json(path) if path.is_file() else _check_folder(Case(path))
+
+
+def _check_folder(case: Case) -> Comparison:
+    if case.kind in KINDS_NOT_IN_THE_PACKAGE_YET:
+        raise NotInThePackageYet(case.kind)
+    if case.kind not in KINDS:
+        raise UnknownKind(case.kind)
+    check = KINDS[case.kind]
+    tolerance = case.spec["tolerance"]
+    compare = Comparison(case.outputs, tolerance["rtol"], tolerance["atol"], check.left_out)
+    check.run(case, compare)
+    compare.finish()
+    return compare
+
+
+def _check_json(path: Path) -> Comparison:
+    content = read_json(path)
+    topic = next((topic for topic in JSON_TOPICS if topic.matches(content)), None)
+    if topic is None:
+        raise UnknownKind(f"JSON file with {', '.join(list(content)[:5])}")
+    if topic.run is None:
+        raise NotInThePackageYet(topic.name)
+    compare = Comparison({}, 0.0, 0.0)
+    topic.run(content, compare)
+    if not compare.errors and not compare.misses:
+        raise NotInThePackageYet(topic.name)
+    return compare
