@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import pytest
 
+from dinov3_hf.cli.errors import run
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.field_types import describe, fit_to_annotation
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.training.ssl_config import SSLConfig
-from tests.testing_utils import run_python
 
 RECIPE = """
 backbone: {patch_size: 4, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
@@ -108,7 +108,7 @@ def test_negative_numbers_are_values(recipe):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--koleo_weigth", "1"], r"--koleo_weigth is no field; did you mean koleo_weight\?"),
+        (["--koleo_weights", "1"], r"--koleo_weights is no field; did you mean koleo_weight\?"),
         (["--zzzz", "1"], r"--zzzz is no field; --help lists the fields"),
         (["--max_steps", "ten"], r"--max_steps is 'ten'; expected an integer"),
         (["--max_steps", "1.5"], r"--max_steps is '1.5'; expected an integer"),
@@ -140,7 +140,7 @@ def test_what_cannot_be_parsed_gets_one_line(recipe, words, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("koleo_weigth: 1", r"recipe .*tiny.yaml has a field 'koleo_weigth', which does not exist; did you mean"),
+        ("koleo_weights: 1", r"recipe .*tiny.yaml has a field 'koleo_weights', which does not exist; did you mean"),
         ("seed: ten", r"seed in recipe .*tiny.yaml is 'ten'; expected an integer"),
         ("train_data: 2024", r"train_data in recipe .*tiny.yaml is 2024; expected text or null"),
         ("num_train_epochs: 3.0", r"num_train_epochs is not read by this trainer"),
@@ -148,8 +148,7 @@ def test_what_cannot_be_parsed_gets_one_line(recipe, words, message):
     ],
 )
 def test_recipe_files_are_checked_in_the_same_way(recipe, tmp_path, line, message):
-    with open(recipe, "a") as file:
-        file.write(line + "\n")
+    (tmp_path / "tiny.yaml").write_text(f"{RECIPE}{line}\n")
     with pytest.raises(ArgumentError, match=message):
         parse(recipe)
 
@@ -229,15 +228,19 @@ def test_help_shows_the_groups_and_every_field(capsys, monkeypatch):
     assert "num_train_epochs" not in page
 
 
-def test_the_script_ends_with_status_2_and_one_line(tmp_path):
-    program = "import sys; from dinov3_hf.cli.errors import run; from dinov3_hf.training.arguments import *; " \
-        "from dinov3_hf.training.ssl_config import SSLConfig; " \
-        "run(lambda words: parse_arguments(SSLConfig, words), sys.argv[1:])"  # fmt: skip
-    result = run_python("-c", program, "quickstart_digits", "--koleo_weigth", "1")
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines() == ["error: --koleo_weigth is no field; did you mean koleo_weight?"]
-    result = run_python("-c", program, "quickstart_digits", "--global_crop_size", "18")
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines() == [
-        "error: global_crop_size 18 is not a multiple of patch_size 4; use 16 or 20."
-    ]
+@pytest.mark.parametrize(
+    ("words", "status", "line"),
+    [
+        (["--koleo_weights", "1"], 2, "error: --koleo_weights is no field; did you mean koleo_weight?"),
+        (
+            ["--global_crop_size", "18"],
+            1,
+            "error: global_crop_size 18 is not a multiple of patch_size 4; use 16 or 20.",
+        ),
+    ],
+)
+def test_a_program_ends_with_one_line_and_a_status(recipe, capsys, words, status, line):
+    with pytest.raises(SystemExit) as exit:
+        run(lambda argv: parse_arguments(SSLConfig, argv), [recipe, *words])
+    assert exit.value.code == status
+    assert capsys.readouterr().err.splitlines() == [line]

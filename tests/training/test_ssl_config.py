@@ -181,7 +181,9 @@ def test_bf16_on_a_machine_without_a_gpu_needs_no_flag(tmp_path):
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_warns_on_no_version(tmp_path):
-    assert tiny(tmp_path, gradient_checkpointing=True).gradient_checkpointing is True
+    options = {"use_reentrant": False}
+    config = tiny(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+    assert (config.gradient_checkpointing, config.gradient_checkpointing_kwargs) == (True, options)
     assert tiny(tmp_path).gradient_checkpointing is False
 
 
@@ -216,7 +218,7 @@ def test_learning_rate_moves_the_peak_and_what_is_level_with_it(tmp_path):
         ({"dataloader_drop_last": False}, r"dataloader_drop_last is not read"),
         ({"remove_unused_columns": True}, r"remove_unused_columns is not read"),
         ({"backbone": {"preset": "vit16s"}}, r"backbone.preset 'vit16s' is unknown; did you mean vits16\?"),
-        ({"backbone": {"hiden_size": 16}}, r"backbone has no entry 'hiden_size'; did you mean hidden_size\?"),
+        ({"backbone": {"hidden_sizes": 16}}, r"backbone has no entry 'hidden_sizes'; did you mean hidden_size\?"),
         ({"backbone": {"hidden_size": "16"}}, r"backbone.hidden_size is '16'; expected an integer"),
         ({"dino_head": {"prototypes": 8}}, r"dino_head has no entry 'prototypes'; did you mean num_prototypes\?"),
         ({"ibot_head": {"mlp_bias": 1}}, r"ibot_head.mlp_bias is 1; expected true or false"),

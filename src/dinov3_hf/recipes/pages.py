@@ -30,8 +30,11 @@ class _CoreLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML would read 010 as octal.
-_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+def _construct_int(loader: _CoreLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # PyYAML would read 010 as octal
+
+
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 class _CoreDumper(yaml.SafeDumper):

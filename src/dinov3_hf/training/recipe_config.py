@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.recipes.pages import dump_yaml
 from dinov3_hf.training.batch_arithmetic import micro_batch_size
@@ -91,8 +92,9 @@ class RecipeConfig(TrainingArguments):
     Inherited defaults that are changed: `learning_rate=None` (shorthand for the peak of `lr_schedule`),
     `max_steps=125000`, `max_grad_norm=3.0` (for each sub-module separately), `output_dir="runs/train"`,
     `logging_steps=10`, `logging_nan_inf_filter=False`, `report_to` (TensorBoard where it is installed),
-    `per_device_train_batch_size=None` (all of a rank's share), `dataloader_drop_last=True`,
-    `remove_unused_columns=False`, `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`.
+    `per_device_train_batch_size=None` (all of a rank's share), `gradient_checkpointing=False` (transformers 5.23 calls
+    it `activation_checkpointing`), `dataloader_drop_last=True`, `remove_unused_columns=False`,
+    `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`.
 
     Inherited fields that the trainers do not read are refused when they are set: see `UNUSED_FIELDS`.
     """
@@ -262,10 +264,9 @@ class RecipeConfig(TrainingArguments):
             self.bf16 = True
             if not torch.accelerator.is_available():
                 self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is asked for by name
-        if "activation_checkpointing" in self._given:
-            # transformers 5.23 has a new name for gradient_checkpointing and warns about the old one. Follow it,
-            # without this condition, when the oldest supported transformers has it too.
+        if HAS_ACTIVATION_CHECKPOINTING:
             self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
     def model_width(self) -> int:
         """Width of the network that is trained, by which `precision: auto` decides on a CPU."""
