@@ -77,7 +77,8 @@ def _report(path: Path, is_named: bool, debug: bool) -> bool:
         _print(f"{name}: MISS: unknown kind: {error}")
         return True
     except Exception as error:  # one broken case must not hide the others
-        _print(f"{name}: MISS: {type(error).__name__}: {error}")
+        what = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        _print(f"{name}: MISS: {type(error).__name__}: {what}")
         if debug:
             traceback.print_exc()
         return True

@@ -1,7 +1,7 @@
 """Compares what we compute with what was recorded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -15,6 +15,17 @@ class Declined(Exception):
 
 class NotInThePackageYet(Exception):
     """A part of the original implementation that the package does not have yet."""
+
+
+class UnknownSetting(Exception):
+    """A setting that this program does not know: what it changes would go unnoticed."""
+
+
+def refuse_unknown(section: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises UnknownSetting for the first of the names in `given` that is not in `known`."""
+    for name in given:
+        if name not in known:
+            raise UnknownSetting(f"{section}.{name} is not a setting that this program knows")
 
 
 @dataclass
@@ -46,26 +57,38 @@ class Comparison:
 
     def check(self, name: str, actual: Tensor | float) -> None:
         """Compares `actual` with the recorded tensor `name`; a name that was not recorded is left alone."""
-        if name in self.expected:
-            self.check_pair(name, actual, self.expected[name], self.rtol, self.atol)
+        if name not in self.expected:
+            return
+        actual, expected = _as_tensor(actual), self.expected[name]
+        if _sort(actual) != _sort(expected):
+            self._miss(name, f"{_sort(actual)} numbers, recorded {_sort(expected)}")
+        elif expected.is_floating_point():
+            self.check_pair(name, actual, expected, self.rtol, self.atol)
+        else:
+            self.check_pair(name, actual, expected)
 
     def check_pair(
         self, name: str, actual: Tensor | float, expected: Tensor | float, rtol: float = 0.0, atol: float = 0.0
     ) -> None:
-        """Compares two tensors at a tolerance of their own."""
+        """Compares two tensors at a tolerance of their own, by default none."""
         actual, expected = _as_tensor(actual), _as_tensor(expected)
         if actual.shape != expected.shape:
-            self.misses.append(f"{name}: shape {tuple(actual.shape)}, recorded {tuple(expected.shape)}")
-            self.errors.append(Error(name, math.inf, math.inf))
+            self._miss(name, f"shape {tuple(actual.shape)}, recorded {tuple(expected.shape)}")
             return
-        difference = (actual.double() - expected.double()).abs()
-        tolerance = (atol + rtol * expected.double().abs()) if expected.is_floating_point() else 0.0
-        # An exact match passes at any tolerance, also at none; NaN never does.
-        excess = torch.where(difference == 0, 0.0, difference / tolerance).nan_to_num(nan=math.inf)
+        actual, expected = actual.double(), expected.double()
+        # Infinity equals itself; NaN equals nothing.
+        difference = torch.where(actual == expected, 0.0, (actual - expected).abs())
+        # An exact match passes at any tolerance, also at none.
+        excess = torch.where(difference == 0, 0.0, difference / (atol + rtol * expected.abs()))
+        excess = excess.nan_to_num(nan=math.inf)
         worst = Error(name, _largest(difference), _largest(excess))
         self.errors.append(worst)
         if not worst.relative <= 1:
             self.misses.append(f"{name}: error {worst.absolute:.3g} is {worst.relative:.3g} x the tolerance")
+
+    def _miss(self, name: str, what: str) -> None:
+        self.misses.append(f"{name}: {what}")
+        self.errors.append(Error(name, math.inf, math.inf))
 
     def finish(self) -> None:
         """Counts recorded tensors that were not compared as misses, but for those left out."""
@@ -90,6 +113,12 @@ class Comparison:
 def _as_tensor(value: Tensor | float) -> Tensor:
     # A Python float is float64; torch would make it float32.
     return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value).detach()
+
+
+def _sort(tensor: Tensor) -> str:
+    if tensor.dtype == torch.bool:
+        return "boolean"
+    return "real" if tensor.is_floating_point() else "integer"
 
 
 def _largest(values: Tensor) -> float:

@@ -4,10 +4,11 @@ from typing import Any
 
 from dinov3_hf.models.dinov3_pretraining.prototype_head import PrototypeHead
 
-from .compare import Comparison, Declined
+from .compare import Comparison, Declined, refuse_unknown
 from .io import Case
 
-# Native keyword arguments with their defaults.
+# Native keyword arguments with their defaults; the two sizes have none.
+SIZES = ("in_dim", "out_dim")
 DEFAULTS = {"use_bn": False, "nlayers": 3, "hidden_dim": 2048, "bottleneck_dim": 256, "mlp_bias": True}
 
 
@@ -16,7 +17,9 @@ def build_head(native: dict[str, Any]) -> PrototypeHead:
 
     Raises:
         Declined: batch norm.
+        UnknownSetting: an argument that the original does not have.
     """
+    refuse_unknown("constructor", native, (*SIZES, *DEFAULTS))
     options = DEFAULTS | native
     if options["use_bn"]:
         raise Declined("batch norm in the prototype head (use_bn)")

@@ -12,10 +12,12 @@ from dinov3_hf.convert.dinov3_vit import config_from_native, state_dict_to_nativ
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from dinov3_hf.models.dinov3_vit.rope import RopeParameters, rope_periods
 
 from .compare import Comparison
 from .masking import STANDARD_ERRORS
 
+SMALLEST = {"embed_dim": 4, "depth": 1, "num_heads": 1}
 # Not random: their statistics are exact.
 BUFFERS = ("rope_embed.periods", "bias_mask")
 
@@ -35,6 +37,9 @@ def check_initialisation(content: dict[str, Any], compare: Comparison) -> None:
             continue
         if "patch_embed.proj.weight" in statistics:
             tensors = _vit(statistics)
+        elif any(name.endswith("running_mean") and name.startswith("mlp.") for name in statistics):
+            compare.notes.append(f"declined: batch norm in the prototype head ({section})")
+            continue
         elif "last_layer.weight" in statistics:
             tensors = _prototype_head(statistics)
         else:
@@ -79,10 +84,26 @@ def _vit(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
             "n_storage_tokens": shapes["storage_tokens"][1] if "storage_tokens" in shapes else 0,
             "untie_cls_and_patch_norms": "cls_norm.weight" in shapes,
             "untie_global_and_local_cls_norm": "local_cls_norm.weight" in shapes,
-            "pos_embed_rope_dtype": "fp32",
+            **_rope(statistics["rope_embed.periods"]),
         }
     )
     return state_dict_to_native(DINOv3ViTModel(config).state_dict(), config)
+
+
+def _rope(periods: Statistics) -> dict[str, Any]:
+    """Arguments that give the recorded extremes: the default base in either precision, or else the extremes."""
+    low, high = (periods.get("constant", periods.get(name)) for name in ("min", "max"))
+    for dtype in ("fp32", "bf16"):
+        config = config_from_native(SMALLEST | {"embed_dim": 4 * periods["shape"][0], "pos_embed_rope_dtype": dtype})
+        ours = rope_periods(RopeParameters.from_config(config)).double()
+        if math.isclose(ours.min(), low, rel_tol=1e-6) and math.isclose(ours.max(), high, rel_tol=1e-6):
+            return {"pos_embed_rope_dtype": dtype}
+    return {
+        "pos_embed_rope_base": None,
+        "pos_embed_rope_min_period": low,
+        "pos_embed_rope_max_period": high,
+        "pos_embed_rope_dtype": "fp32",
+    }
 
 
 def _prototype_head(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
@@ -121,6 +142,8 @@ def _sampling_errors(values: Tensor) -> dict[str, float]:
     """Tolerances of statistics of two samples of this size; extremes as of a normal distribution."""
     count, std = len(values), values.std().item()
     mean = STANDARD_ERRORS * math.sqrt(2 / count) * std
+    if std == 0:
+        return dict.fromkeys(("mean", "std", "min", "max"), 0.0)  # ours is constant
     kurtosis = ((values - values.mean()) ** 4).mean().item() / std**4
     extremes = STANDARD_ERRORS * math.sqrt(2) * math.pi / math.sqrt(12 * math.log(count)) * std
     return {"mean": mean, "std": mean * math.sqrt((kurtosis - 1) / 4), "min": extremes, "max": extremes}

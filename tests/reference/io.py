@@ -13,6 +13,10 @@ from torch import Tensor
 CASE_FILE = "case.json"
 
 
+class BrokenCase(Exception):
+    """The files of a case contradict each other."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One recorded case, read on demand.
@@ -51,9 +55,19 @@ class Case:
     def outputs(self) -> dict[str, Tensor]:
         return self._tensors("outputs")
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        # A case without tensors of a sort has no file for it.
-        return load_file(self.folder / f"{name}.safetensors") if self.spec[name] else {}
+    def _tensors(self, sort: str) -> dict[str, Tensor]:
+        listed = self.spec[sort]
+        if not listed:
+            return {}  # a case without tensors of a sort has no file for it
+        file = self.folder / f"{sort}.safetensors"
+        tensors = load_file(file)
+        for name, entry in listed.items():
+            if name not in tensors:
+                raise BrokenCase(f"{file.name} has no {name}, which {CASE_FILE} lists")
+            found = {"shape": list(tensors[name].shape), "dtype": str(tensors[name].dtype).removeprefix("torch.")}
+            if found != entry:
+                raise BrokenCase(f"{name} in {file.name} is {found}, in {CASE_FILE} {entry}")
+        return tensors
 
 
 def find_cases(path: Path) -> Iterator[Path]:

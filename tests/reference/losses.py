@@ -107,9 +107,10 @@ def _losses_of_a_process(inputs: dict[str, Tensor], config: dict[str, object]) -
             results[f"{prefix}/grad_local"] = _gradient(loss, x)
     logits = inputs["teacher_logits"]
     split = config["ibot_split"]
+    splits = split if isinstance(split, list) else [split]
     # Temperature and iterations are fixed for this kind of case.
     results["dino_sinkhorn/{rank}"] = sinkhorn_knopp(logits.chunk(num_ranks)[index], 0.06, 3)
-    results["ibot_sinkhorn_uneven/{rank}"] = sinkhorn_knopp(logits.tensor_split([split])[index], 0.06, 3)
+    results["ibot_sinkhorn_uneven/{rank}"] = sinkhorn_knopp(logits.tensor_split(splits)[index], 0.06, 3)
     return results
 
 

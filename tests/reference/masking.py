@@ -25,12 +25,18 @@ STANDARD_ERRORS = 5.0
 def check_collate(case: Case, compare: Comparison) -> None:
     """Our collation of the recorded masks and crops is exact; of our own masks, the counts are."""
     config = case.config
-    batch_size, num_patches = config["batch_size"], config["grid"] ** 2
+    grid = _sides(config["grid"])
+    batch_size, num_patches = config["batch_size"], math.prod(grid)
     num_crops = {"global_crops": 2, "local_crops": config["n_local"], "gram_teacher_crops": 2 if config["gram"] else 0}
     masks = case.outputs["collated_masks"].unflatten(0, (2, batch_size))  # (2, B, P)
+    crop_shape = case.outputs["collated_global_crops"].shape[1:]
     samples = [
         {
-            **{name: _numbered(FIRST_CROP_NUMBER[name], count, image) for name, count in num_crops.items() if count},
+            **{
+                name: _numbered(FIRST_CROP_NUMBER[name], count, image, crop_shape)
+                for name, count in num_crops.items()
+                if count
+            },
             "mask": masks[:, image],
         }
         for image in range(batch_size)
@@ -47,7 +53,7 @@ def check_collate(case: Case, compare: Comparison) -> None:
             compare.check(f"subset/{name}", value)
 
     sampler = masking.MaskSampler(
-        config["grid"],
+        grid,
         probability=probability,
         ratio_range=ratio_range,
         circular_shift=config["random_circular_shift"],
@@ -58,9 +64,13 @@ def check_collate(case: Case, compare: Comparison) -> None:
     compare.check("sorted_masked_counts", drawn.sum(dim=-1).flatten().sort().values)
 
 
-def _numbered(first: int, count: int, image: int) -> Tensor:
+def _sides(grid: int | list[int]) -> tuple[int, int]:
+    return (grid, grid) if isinstance(grid, int) else tuple(grid)
+
+
+def _numbered(first: int, count: int, image: int, shape: torch.Size) -> Tensor:
     numbers = 100.0 * (first + torch.arange(count)) + image  # (crops,)
-    return numbers[:, None, None, None].expand(-1, 1, 2, 2)
+    return numbers[:, None, None, None].expand(-1, *shape)
 
 
 def _native(batch: dict[str, Tensor], upperbound: int) -> dict[str, Tensor]:
@@ -83,13 +93,14 @@ def is_mask_statistics(content: Any) -> bool:
 def check_mask_statistics(content: dict[str, Any], compare: Comparison) -> None:
     """As many masks as were recorded; every statistic within the sampling error."""
     for case in content["cases"]:
-        grid, label = case["grid"], f"grid_{case['grid']}"
+        grid = _sides(case["grid"])
+        label = f"grid_{grid[0]}x{grid[1]}"
         log_aspect = math.log(masking.MIN_BLOCK_ASPECT) * np.array([1, -1])
         compare.check_pair(f"{label}/log_aspect_ratio", log_aspect, torch.tensor(case["log_aspect_ratio"]), rtol=1e-6)
         compare.check_pair(f"{label}/min_num_patches", masking.MIN_BLOCK_AREA, case["min_num_patches"])
-        compare.check_pair(f"{label}/max_num_patches", grid**2 / 2, case["max_num_patches"])
+        compare.check_pair(f"{label}/max_num_patches", math.prod(grid) / 2, case["max_num_patches"])
         for index, recorded in enumerate(case["per_count"]):
-            rng = np.random.default_rng((grid, index))
+            rng = np.random.default_rng((*grid, index))
             masks = _Masks(grid, recorded["requested"], case["draws_per_count"], rng)
             masks.compare(compare, f"{label}/requested_{recorded['requested']}", recorded)
 
@@ -97,8 +108,8 @@ def check_mask_statistics(content: dict[str, Any], compare: Comparison) -> None:
 class _Masks:
     """Masks drawn one by one, with what each block added."""
 
-    def __init__(self, grid: int, requested: int, num_draws: int, rng: np.random.Generator) -> None:
-        self.masks = np.zeros((num_draws, grid, grid), dtype=bool)
+    def __init__(self, grid: tuple[int, int], requested: int, num_draws: int, rng: np.random.Generator) -> None:
+        self.masks = np.zeros((num_draws, *grid), dtype=bool)
         self.num_calls = np.zeros(num_draws)
         self.num_random = np.zeros(num_draws)
         self.new_patches: list[int] = []  # of every block that added some
@@ -114,7 +125,7 @@ class _Masks:
 
             with mock.patch.object(masking, "_add_block", watched):
                 self.num_random[draw] = requested
-                self.masks[draw] = masking.block_mask(grid, grid, requested, rng)
+                self.masks[draw] = masking.block_mask(*grid, requested, rng)
 
     def _count_block(self, draw: int, new: np.ndarray) -> None:
         self.num_calls[draw] += 1
@@ -132,8 +143,8 @@ class _Masks:
         vertical = self.masks[:, 1:] == self.masks[:, :-1]
         horizontal = self.masks[:, :, 1:] == self.masks[:, :, :-1]
         agreement = (vertical.mean(axis=(1, 2)) + horizontal.mean(axis=(1, 2))) / 2
-        middle = self.masks.shape[1] // 2
-        centre = self.masks[:, middle - 1 : middle + 2, middle - 1 : middle + 2].mean(axis=(1, 2))
+        row, column = (side // 2 for side in self.masks.shape[1:])
+        centre = self.masks[:, row - 1 : row + 2, column - 1 : column + 2].mean(axis=(1, 2))
         corners = self.masks[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=1)
         recorded_centre, recorded_corner = recorded["mask_probability_centre_3x3_vs_corner"]
         for name, values, expected in (

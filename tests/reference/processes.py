@@ -27,9 +27,16 @@ def run_in_processes(
 
     Returns:
         What each process returned, in the order of the ranks.
+
+    Raises:
+        RuntimeError: a process failed; the message is the last line of its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (world_size, folder, function, args), nprocs=world_size)
+        try:
+            torch.multiprocessing.spawn(_process, (world_size, folder, function, args), nprocs=world_size)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"rank {error.error_index}: {reason}") from error
         return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -1,10 +1,12 @@
 """Kind schedules (the primitives), and JSON files with the schedules of a whole configuration."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 
 from dinov3_hf.training.schedules import (
+    LRScaling,
     Schedule,
     TrainingSchedules,
     lr_scale_factor,
@@ -12,11 +14,40 @@ from dinov3_hf.training.schedules import (
     warmup_cosine_dinov2,
 )
 
-from .compare import Comparison
+from .compare import Comparison, Declined, refuse_unknown
 from .io import Case
 
 # Of whole configurations, which state no tolerance: that of the primitives.
 RTOL, ATOL = 1e-9, 1e-12
+
+# Primitives of the original: our function, the names of its arguments, and defaults that ours has not.
+PRIMITIVES: dict[str, tuple[Callable[..., float], dict[str, str], dict[str, float]]] = {
+    "linear_warmup_cosine_decay": (
+        warmup_cosine,
+        {
+            "start": "start",
+            "peak": "peak",
+            "end": "end",
+            "warmup_iterations": "warmup_steps",
+            "total_iterations": "max_steps",
+            "cosine_iterations": "cosine_steps",
+        },
+        {},
+    ),
+    "cosine_scheduler": (
+        warmup_cosine_dinov2,
+        {
+            "start_warmup_value": "start",
+            "base_value": "peak",
+            "final_value": "end",
+            "warmup_iters": "warmup_steps",
+            "total_iters": "max_steps",
+            "freeze_iters": "freeze_steps",
+            "trunc_extra": "truncation",
+        },
+        {"start": 0.0, "warmup_steps": 0},
+    ),
+}
 
 # Settings of the original's default configuration, for files in which a section is not repeated.
 DEFAULT_OPTIM = {
@@ -36,6 +67,14 @@ DEFAULT_TEACHER = {
     "teacher_temp": 0.07,
     "warmup_teacher_temp_epochs": 30,
 }
+# What is not a curve in the file of a whole configuration.
+SETTINGS = (
+    *("config_file", "world_size", "batch_size_per_gpu", "iterations_per_epoch", "epochs", "total_iterations"),
+    *("scaling_rule", "uses_schedules_section", "schedules_section", "optim", "teacher", "iterations"),
+    *("dino_local_loss_weight_section", "gram_loss_weight_section"),
+    *("clip_grad", "layerwise_decay", "adamw_betas"),  # not scheduled
+)
+SECTION_SETTINGS = ("start", "peak", "end", "warmup_epochs", "cosine_epochs", "freeze_last_layer_epochs")
 # Names of the recorded curves that differ from ours.
 NATIVE_NAMES = {
     "teacher_momentum": "momentum",
@@ -46,37 +85,13 @@ NATIVE_NAMES = {
 
 def check_primitives(case: Case, compare: Comparison) -> None:
     """Every point of every curve; old-style curves are recorded beyond their end."""
-    for index, arguments in enumerate(case.config.get("linear_warmup_cosine_decay", [])):
-        name = f"linear_warmup_cosine_decay/{index}"
-        values = [
-            warmup_cosine(
-                step,
-                start=arguments["start"],
-                peak=arguments["peak"],
-                end=arguments["end"],
-                warmup_steps=arguments["warmup_iterations"],
-                max_steps=arguments["total_iterations"],
-                cosine_steps=arguments.get("cosine_iterations"),
-            )
-            for step in range(len(case.outputs[name]))
-        ]
-        compare.check(name, torch.tensor(values, dtype=torch.float64))
-    for index, arguments in enumerate(case.config.get("cosine_scheduler", [])):
-        name = f"cosine_scheduler/{index}"
-        values = [
-            warmup_cosine_dinov2(
-                step,
-                start=arguments.get("start_warmup_value", 0.0),
-                peak=arguments["base_value"],
-                end=arguments["final_value"],
-                warmup_steps=arguments.get("warmup_iters", 0),
-                max_steps=arguments["total_iters"],
-                freeze_steps=arguments.get("freeze_iters", 0),
-                truncation=arguments.get("trunc_extra", 0.0),
-            )
-            for step in range(len(case.outputs[name]))
-        ]
-        compare.check(name, torch.tensor(values, dtype=torch.float64))
+    for primitive, (function, names, defaults) in PRIMITIVES.items():
+        for index, arguments in enumerate(case.config.get(primitive, [])):
+            refuse_unknown(primitive, arguments, names)
+            ours = defaults | {names[name]: value for name, value in arguments.items()}
+            curve = f"{primitive}/{index}"
+            values = [function(step, **ours) for step in range(len(case.outputs[curve]))]
+            compare.check(curve, torch.tensor(values, dtype=torch.float64))
 
 
 def is_whole_configuration(content: Any) -> bool:
@@ -92,23 +107,24 @@ def check_whole_configuration(content: dict[str, Any], compare: Comparison) -> N
     section = content.get("dino_local_loss_weight_section")
     local_loss_weight = schedule(section, epoch_length) if section else None
     arguments = (global_batch_size, epoch_length, max_steps, local_loss_weight)
-    if content["schedules_section"]:
+    if content.get("schedules_section"):
         schedules = new_style_schedules(content["schedules_section"], optim["scaling_rule"], *arguments)
     else:
         schedules = old_style_schedules(optim, DEFAULT_TEACHER | content.get("teacher", {}), *arguments)
 
     values = [schedules.at(step) for step in content["iterations"]]
     curves = {NATIVE_NAMES.get(name, name): [value[name] for value in values] for name in values[0]}
-    if "gram_loss_weight_section" in content:
-        gram = schedule(content["gram_loss_weight_section"], epoch_length)
+    if gram_section := content.get("gram_loss_weight_section"):
+        gram = schedule(gram_section, epoch_length)
         curves["gram_loss_weight"] = [gram.at(step, max_steps) for step in content["iterations"]]
     for name, recorded in content.items():
-        if isinstance(recorded, list) and len(recorded) == len(values) and name != "iterations":
-            if name not in curves:
-                compare.misses.append(f"{name}: not compared")
-                continue
-            ours, expected = (torch.tensor(curve, dtype=torch.float64) for curve in (curves[name], recorded))
-            compare.check_pair(name, ours, expected, RTOL, ATOL)
+        if name in SETTINGS:
+            continue
+        if name not in curves:
+            compare.misses.append(f"{name}: not compared")
+            continue
+        ours, expected = (torch.tensor(curve, dtype=torch.float64) for curve in (curves[name], recorded))
+        compare.check_pair(name, ours, expected, RTOL, ATOL)
 
 
 def new_style_schedules(
@@ -123,7 +139,7 @@ def new_style_schedules(
     lr = schedule(section["lr"], epoch_length)
     return TrainingSchedules(
         max_steps=max_steps,
-        lr=lr.scaled(lr_scale_factor(scaling_rule, global_batch_size)),
+        lr=lr.scaled(_scale_factor(scaling_rule, global_batch_size)),
         weight_decay=schedule(section["weight_decay"], epoch_length),
         teacher_momentum=schedule(section["momentum"], epoch_length),
         teacher_temperature=schedule(section["teacher_temp"], epoch_length),
@@ -148,7 +164,7 @@ def old_style_schedules(
     temperature = teacher["teacher_temp"]
     return TrainingSchedules(
         max_steps=max_steps,
-        lr=lr.scaled(lr_scale_factor(optim["scaling_rule"], global_batch_size)),
+        lr=lr.scaled(_scale_factor(optim["scaling_rule"], global_batch_size)),
         weight_decay=Schedule(weight_decay, weight_decay, optim["weight_decay_end"], **cosine),
         teacher_momentum=Schedule(momentum, momentum, teacher["final_momentum_teacher"], **cosine),
         teacher_temperature=Schedule(
@@ -165,6 +181,7 @@ def old_style_schedules(
 
 def schedule(section: dict[str, Any], epoch_length: int) -> Schedule:
     """Our schedule for a native one, whose durations are epochs of `epoch_length` steps."""
+    refuse_unknown("schedule", section, SECTION_SETTINGS)
     cosine_epochs = section.get("cosine_epochs")
     return Schedule(
         start=section["start"],
@@ -173,3 +190,9 @@ def schedule(section: dict[str, Any], epoch_length: int) -> Schedule:
         warmup_steps=int(section["warmup_epochs"] * epoch_length),
         cosine_steps=None if cosine_epochs is None else int(cosine_epochs * epoch_length),
     )
+
+
+def _scale_factor(rule: str, global_batch_size: int) -> float:
+    if rule not in get_args(LRScaling):
+        raise Declined(f"learning-rate scaling {rule} (optim.scaling_rule)")
+    return lr_scale_factor(rule, global_batch_size)

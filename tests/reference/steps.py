@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from dinov3_hf.convert.dinov3_vit import config_from_native, state_dict_from_native, state_dict_to_native
+from dinov3_hf.convert.dinov3_vit import state_dict_from_native, state_dict_to_native
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
     DINOv3ForPreTraining,
@@ -19,9 +19,9 @@ from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 
-from .compare import Comparison, Declined, NotInThePackageYet
+from .compare import Comparison, Declined, NotInThePackageYet, refuse_unknown
 from .io import Case
-from .native import RecordedDraws
+from .native import RecordedDraws, vit_config
 from .schedules import DEFAULT_OPTIM, DEFAULT_TEACHER, new_style_schedules, old_style_schedules, schedule
 
 # Native constructor argument -> setting of the student that it is taken from.
@@ -37,6 +37,50 @@ BACKBONE_ARGUMENTS = {
             "pos_embed_rope_rescale_coords",
         )
     },
+}
+# The values that training takes for granted; others are declined.
+FIXED: dict[str, dict[str, Any]] = {
+    "student": {"pos_embed_type": "rope"},
+    "dino": {"force_weight_norm": False},
+    "ibot": {"separate_head": True},
+    "optim": {"optimizer": "adamw"},
+    "train": {"centering": "sinkhorn_knopp", "use_teacher_head": True, "learn_from_teacher_tokens": False},
+    "crops": {"teacher_to_student_resolution_scale": 1.0},
+}
+# The same, but of a setting that counts only with dino.koleo_loss_distributed.
+FIXED_KOLEO = {"koleo_distributed_replicas": 0, "koleo_distributed_loss_group_data": True}
+HEAD = ("head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim", "head_nlayers")
+# Settings that a case may override. The last row of a section holds those without a say in a recorded step: ignored by
+# the original, about speed, or about how the batch was made. Without its loss, nothing of `gram` acts.
+HONOURED: dict[str, tuple[str, ...]] = {
+    "student": (
+        *("arch", *BACKBONE_ARGUMENTS.values(), *FIXED["student"]),
+        *("ffn_ratio", "in_chans", "pos_embed_rope_dtype"),  # taken from the architecture
+    ),
+    "dino": (
+        *("loss_weight", "global_ignore_diagonal", *HEAD, "koleo_loss_weight", "koleo_loss_distributed", "koleo_topk"),
+        *("koleo_distributed_loss_group_size", "reweight_dino_local_loss", "local_loss_weight_schedule"),
+        *(*FIXED["dino"], *FIXED_KOLEO, "head_norm_last_layer"),
+    ),
+    "ibot": (
+        *("loss_weight", *HEAD, *FIXED["ibot"]),
+        *("mask_sample_probability", "mask_ratio_min_max", "mask_random_circular_shift", "head_norm_last_layer"),
+    ),
+    "optim": (
+        *("adamw_beta1", "adamw_beta2", "clip_grad", "layerwise_decay", "patch_embed_lr_mult", "scaling_rule"),
+        *(*DEFAULT_OPTIM, "epochs", *FIXED["optim"]),
+        *("dino_head_wd_multiplier", "multi_tensor_optim"),
+    ),
+    "teacher": tuple(DEFAULT_TEACHER),
+    "train": (
+        *("OFFICIAL_EPOCH_LENGTH", "batch_size_per_gpu", *FIXED["train"]),
+        *("seed", "num_workers", "monitor_gradient_norm", "compile", "cudagraphs", "checkpointing"),
+    ),
+    "crops": (
+        *("global_crops_size", "global_crops_scale", "local_crops_size", "local_crops_scale", "local_crops_number"),
+        *("gram_teacher_crops_size", "horizontal_flips", "rgb_mean", "rgb_std", *FIXED["crops"]),
+    ),
+    "compute_precision": ("param_dtype",),  # the recorded steps are in float32 throughout
 }
 # Settings of the student that draw random numbers in a training step.
 RANDOM = ("pos_embed_rope_shift_coords", "pos_embed_rope_jitter_coords", "pos_embed_rope_rescale_coords")
@@ -206,25 +250,28 @@ def _model_config(case: Case) -> DINOv3PreTrainingConfig:
 
     Raises:
         Declined, NotInThePackageYet: a setting that the package does not have.
+        UnknownSetting: an override of a setting that this program does not know.
     """
     settings = case.spec["resolved_config"]
     dino, ibot, student = settings["dino"], settings["ibot"], settings["student"]
     if settings["gram"]["use_loss"]:
         raise NotInThePackageYet("Gram anchoring in the training step")
-    if not ibot["separate_head"]:
-        raise Declined("one head for DINO and iBOT (ibot.separate_head: false)")
+    for section, values in FIXED.items():
+        _decline_others(section, settings[section], values)
+    if dino["koleo_loss_distributed"]:
+        _decline_others("dino", dino, FIXED_KOLEO)
+    for section, overrides in case.config["config_overrides"].items():
+        if section != "gram":
+            refuse_unknown(f"config_overrides.{section}", overrides, HONOURED.get(section, ()))
     draws_numbers = student["drop_path_rate"] > 0 or any(student[name] for name in RANDOM)
     if draws_numbers and not RecordedDraws(case.inputs):
         raise Declined("a random step (stochastic depth or RoPE augmentation) whose draws were not recorded")
     backbone = {argument: student[setting] for argument, setting in BACKBONE_ARGUMENTS.items()}
     koleo: dict[str, Any] = {"koleo_group_size": case.config["batch_size"], "koleo_topk": 1}
     if dino["koleo_loss_distributed"]:
-        group_size = dino["koleo_distributed_loss_group_size"]
-        if group_size is not None and not dino["koleo_distributed_loss_group_data"]:
-            raise Declined("KoLeo groups that are not contiguous (dino.koleo_distributed_loss_group_data: false)")
-        koleo = {"koleo_group_size": group_size, "koleo_topk": dino["koleo_topk"]}
+        koleo = {"koleo_group_size": dino["koleo_distributed_loss_group_size"], "koleo_topk": dino["koleo_topk"]}
     return DINOv3PreTrainingConfig(
-        backbone_config=config_from_native(backbone | case.config["architectures"][student["arch"]]),
+        backbone_config=vit_config(backbone | case.config["architectures"][student["arch"]]),
         dino_head=_head(dino),
         ibot_head=_head(ibot),
         dino_weight=dino["loss_weight"],
@@ -233,6 +280,12 @@ def _model_config(case: Case) -> DINOv3PreTrainingConfig:
         koleo_weight=dino["koleo_loss_weight"],
         **koleo,
     )
+
+
+def _decline_others(section: str, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for name, value in fixed.items():
+        if settings[name] != value:
+            raise Declined(f"{section}.{name}: {settings[name]}")
 
 
 def _head(section: Mapping[str, Any]) -> dict[str, Any]:

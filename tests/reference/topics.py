@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import heads, initialisation, inventory, losses, masking, param_groups, schedules, steps, vit
+from . import augmentation, heads, initialisation, inventory, losses, masking, param_groups, schedules, steps, vit
 from .compare import Comparison, NotInThePackageYet
 from .io import Case, read_json
 
@@ -16,27 +16,45 @@ class UnknownKind(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """How cases of a kind are checked, and which of their recorded tensors are not compared, with the reason."""
+    """How cases of a kind are checked.
+
+    Args:
+        run: compares everything that was recorded.
+        settings: the keys of the case's `config` that are honoured; any other is a miss.
+        left_out: which recorded tensors are not compared, with the reason.
+    """
 
     run: Callable[[Case, Comparison], None]
+    settings: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
+# What was recorded is in the names of the outputs; these settings only repeat it.
+LOSS_SETTINGS = ("student_temp", "teacher_temps", "sinkhorn_iterations")
+RUN_SETTINGS = ("architectures", "config_overrides", "batch_size")
 KINDS: dict[str, Check] = {
-    "vit": Check(vit.check_vit),
-    "rope_table": Check(vit.check_rope_table),
-    "vit_rope_augmentation": Check(vit.check_vit_with_draws),
-    "vit_drop_path": Check(vit.check_vit_with_draws),
-    "prototype_head": Check(heads.check_prototype_head),
-    "dino_loss": Check(losses.check_dino_loss, losses.LEFT_OUT),
-    "ibot_loss": Check(losses.check_ibot_loss, losses.LEFT_OUT),
-    "koleo_loss": Check(losses.check_koleo_loss),
-    "gram_loss": Check(losses.check_gram_loss),
-    "losses_two_processes": Check(losses.check_losses_two_processes),
-    "ssl_step": Check(steps.check_ssl_step),
-    "ssl_trajectory": Check(steps.check_ssl_trajectory),
-    "schedules": Check(schedules.check_primitives),
-    "collate": Check(masking.check_collate),
+    "vit": Check(vit.check_vit, ("constructor", "image_tags", "intermediate_n")),
+    "rope_table": Check(vit.check_rope_table, ("constructor", "rope_dtype", "grid")),
+    "vit_rope_augmentation": Check(vit.check_vit_with_draws, ("constructor",)),
+    "vit_drop_path": Check(vit.check_vit_with_draws, ("constructor",)),
+    "prototype_head": Check(heads.check_prototype_head, ("constructor", "train_mode")),
+    "dino_loss": Check(losses.check_dino_loss, LOSS_SETTINGS, losses.LEFT_OUT),
+    "ibot_loss": Check(losses.check_ibot_loss, LOSS_SETTINGS, losses.LEFT_OUT),
+    "koleo_loss": Check(losses.check_koleo_loss, ("topk",)),
+    "gram_loss": Check(losses.check_gram_loss, ()),
+    "losses_two_processes": Check(
+        losses.check_losses_two_processes, ("topk", "loss_group_sizes", "world_size", "ibot_split")
+    ),
+    "ssl_step": Check(steps.check_ssl_step, (*RUN_SETTINGS, "schedule_values", "iteration")),
+    "ssl_trajectory": Check(steps.check_ssl_trajectory, (*RUN_SETTINGS, "schedules", "num_steps", "num_batches")),
+    "schedules": Check(schedules.check_primitives, tuple(schedules.PRIMITIVES)),
+    "collate": Check(
+        masking.check_collate,
+        (
+            *("seed", "grid", "batch_size", "n_local", "gram", "subset_divide_by"),
+            *("mask_ratio_min_max", "mask_probability", "random_circular_shift"),
+        ),
+    ),
 }
 
 KINDS_NOT_IN_THE_PACKAGE_YET = (
@@ -89,10 +107,10 @@ JSON_TOPICS: tuple[JsonTopic, ...] = (
     JsonTopic("mask statistics", masking.is_mask_statistics, masking.check_mask_statistics),
     JsonTopic("initialisation", initialisation.is_initialisation, initialisation.check_initialisation),
     JsonTopic("inventory", inventory.is_inventory, inventory.check_inventory),
-    JsonTopic("augmentation", _has("order_global_crop", "measured_shapes"), None),
+    JsonTopic("augmentation", _has("order_global_crop", "measured_shapes"), augmentation.check_augmentation),
     JsonTopic("text tokenizer", _has("context_length", "vocab_size", "rows"), None),
-    JsonTopic("settings of the released heads", _has("dinov3_vit7b16_dd", "dinov3_vit7b16_lc"), None),
     JsonTopic("parameter counts", lambda content: _all_have(content, "parameters", "state_dict_entries"), None),
+    JsonTopic("settings of the released heads", _has("dinov3_vit7b16_dd", "dinov3_vit7b16_lc"), None),
 )
 
 
@@ -115,6 +133,9 @@ def _check_folder(case: Case) -> Comparison:
     compare = Comparison(case.outputs, tolerance["rtol"], tolerance["atol"], check.left_out)
     check.run(case, compare)
     compare.finish()
+    # An option that is off (false, null, 0, none) is one that the case does not have.
+    unknown = [name for name, value in case.config.items() if value and name not in check.settings]
+    compare.misses += [f"config.{name}: not a setting that this program knows" for name in unknown]
     return compare
 
 

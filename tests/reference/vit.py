@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from dinov3_hf.models.dinov3_vit.rope import RopeDraws, RopeParameters, rope_periods, rope_tables
 
-from .compare import Comparison
+from .compare import Comparison, refuse_unknown
 from .io import Case
-from .native import RecordedDraws, build_vit
+from .native import RecordedDraws, build_vit, vit_config
 
-ROPE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
+# Constructor arguments of the original's RoPE, without the prefix that they have in its ViT.
+ROPE_SIZES = ("embed_dim", "num_heads")
+ROPE_OPTIONS = (
+    *("base", "min_period", "max_period", "normalize_coords"),
+    *("shift_coords", "jitter_coords", "rescale_coords"),
+)
+ROPE_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @torch.no_grad()
@@ -38,9 +43,9 @@ def check_vit(case: Case, compare: Comparison) -> None:
     if "local_crops" in case.inputs:
         crops = [case.inputs[f"image_{tags[0]}"], case.inputs["local_crops"]]
         masks = [case.inputs.get(f"mask_{tags[0]}"), None]
-        for mode in ("eval", "train"):
-            model.train(mode == "train")
-            _check_crop_list(compare, mode, model, crops, masks)
+        _check_crop_list(compare, "eval", model, crops, masks)
+        with RecordedDraws(case.inputs).replayed():
+            _check_crop_list(compare, "train", model.train(), crops, masks)
 
 
 @torch.no_grad()
@@ -58,20 +63,15 @@ def check_vit_with_draws(case: Case, compare: Comparison) -> None:
 def check_rope_table(case: Case, compare: Comparison) -> None:
     """Tables with and without augmentation, and between which bounds the augmentation is drawn."""
     native = case.constructor
-    config = DINOv3ViTConfig(
-        patch_size=1,
-        hidden_size=native["embed_dim"],
-        intermediate_size=native["embed_dim"],
-        num_hidden_layers=1,
-        num_attention_heads=native["num_heads"],
-        rope_theta=native.get("base", None if native.get("min_period") else 100.0),
-        rope_min_period=native.get("min_period"),
-        rope_max_period=native.get("max_period"),
-        rope_normalize_coords=native.get("normalize_coords", "separate"),
-        rope_dtype=ROPE_DTYPES[case.config.get("rope_dtype", "float32")],
-        pos_embed_shift=native.get("shift_coords"),
-        pos_embed_jitter=native.get("jitter_coords"),
-        pos_embed_rescale=native.get("rescale_coords"),
+    refuse_unknown("constructor", native, (*ROPE_SIZES, *ROPE_OPTIONS))
+    config = vit_config(
+        {
+            **{name: native[name] for name in ROPE_SIZES},
+            **{f"pos_embed_rope_{name}": native[name] for name in ROPE_OPTIONS if name in native},
+            "pos_embed_rope_dtype": ROPE_DTYPES[case.config.get("rope_dtype", "float32")],
+            "depth": 1,
+            "patch_size": 1,
+        }
     )
     names = {"shift": "shift_uniform", "jitter": "jitter_log_uniform", "rescale": "rescale_log_uniform"}
     recorded = {ours: case.inputs[name] for ours, name in names.items() if name in case.inputs}
