@@ -108,7 +108,9 @@ def test_a_file_without_a_yaml_suffix_is_a_recipe_too(tmp_path):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_parses(name, tmp_path):
     config = parse_arguments(SSLConfig, [name, "--output_dir", str(tmp_path)])
-    assert config.pretraining_config().backbone_config.hidden_size == config.model_width()
+    backbone = config.pretraining_config().backbone_config
+    assert backbone.hidden_size == config.model_width()
+    assert backbone.model_type == "dinov3_vit"  # the trained folder opens in stock transformers
     assert config.schedules().at(config.max_steps - 1)["lr"] > 0
     config.save_yaml(tmp_path / "again.yaml")
     assert parse_arguments(SSLConfig, [str(tmp_path / "again.yaml")]) == config
