@@ -56,10 +56,27 @@ def test_scalars(text, value):
     ],
 )
 def test_dumped_values_read_back(value):
+    assert parse_yaml(dump_yaml(value, inline=True), "a test") == value
     read = parse_yaml(dump_yaml(value), "a test")
     assert read == value
     assert list(read) == list(value)
     assert [type(entry) for entry in read.values()] == [type(entry) for entry in value.values()]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("1e-4", "'1e-4'"),
+        ("sdpa", "sdpa"),
+        ({"preset": "vits16"}, "{preset: vits16}"),
+        ([0.1, 0.5], "[0.1, 0.5]"),
+        (["word"] * 50, f"[{', '.join(['word'] * 50)}]"),
+    ],
+)
+def test_inline_values_stand_on_one_line(value, text):
+    assert dump_yaml(value, inline=True) == text
 
 
 @pytest.mark.parametrize(

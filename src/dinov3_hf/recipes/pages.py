@@ -1,5 +1,6 @@
 """Recipes as YAML pages: those that are part of the package, and files of the user's own."""
 
+import math
 import re
 from collections.abc import Hashable
 from importlib.resources import files
@@ -75,9 +76,17 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ArgumentError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
-def dump_yaml(value: Any) -> str:
-    """YAML text that `parse_yaml` reads back as `value`: plain types, mappings in their order."""
-    return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(value: Any, inline: bool = False) -> str:
+    """YAML text that `parse_yaml` reads back as `value`: plain types, mappings in their order.
+
+    With `inline` it is one line as on a command line: `{preset: vits16}`, `[0.1, 0.5]`, `null`.
+    """
+    width = math.inf if inline else None
+    text = yaml.dump(
+        value, Dumper=_CoreDumper, default_flow_style=inline, width=width, sort_keys=False, allow_unicode=True
+    )
+    # A document of one scalar ends in a line of dots.
+    return text.rstrip("\n").removesuffix("\n...") if inline else text
 
 
 def recipe_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from enum import Enum
 from typing import Any, get_type_hints
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TrainingArguments
 
-from dinov3_hf.recipes.pages import recipe_names
+from dinov3_hf.recipes.pages import dump_yaml, recipe_names
 from dinov3_hf.training.field_types import describe
 from dinov3_hf.training.recipe_config import CHANGES_THE_RESULT, EFFICIENCY, ORCHESTRATION, RecipeConfig
 from dinov3_hf.training.schedules import Schedule
@@ -38,7 +39,7 @@ def print_help(config_class: type[RecipeConfig], prog: str, description: str) ->
         console.print(f"\n[bold]{title}[/bold]")
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 1))
         table.add_column(no_wrap=True, style="cyan")
-        table.add_column(no_wrap=True, style="green", max_width=24)
+        table.add_column(style="green", max_width=24)
         table.add_column()
         for field in groups[group]:
             help = escape(str(field.metadata["help"]).replace("%%", "%"))
@@ -73,11 +74,11 @@ def other_field_names(config_class: type[RecipeConfig]) -> set[str]:
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if value is None:
-        return "null"
     if isinstance(value, Schedule):
         value = value.to_plain()
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, Enum):
+        value = value.value
+    return dump_yaml(value, inline=True)
 
 
 def _type_text(annotation: Any) -> str:
