@@ -39,7 +39,7 @@ install: .venv/installed-train  ## Install the package into .venv with all that 
 # ---- first steps -----------------------------------------------------------------------------------------------------
 
 quickstart: .venv/installed-train  ## Train a tiny ViT on digits (or DATA=folder) and make a picture of what it learnt
-	$(BIN)/accelerate launch training_scripts/pretrain.py quickstart_digits --output_dir runs/quickstart \
+	$(BIN)/python training_scripts/pretrain.py quickstart_digits --output_dir runs/quickstart \
 		$(if $(DATA),--train_data $(DATA))
 	$(BIN)/dinov3-hf visualize pca runs/quickstart/teacher $(or $(DATA),digits) -o runs/quickstart/pca.png
 	@echo

@@ -41,7 +41,19 @@ def main(argv: list[str]) -> None:
 
     trainer = SSLTrainer(model, args, train_images, eval_images)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_teacher(Path(args.output_dir) / "teacher")
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_knn_top1" in entry}
+    if eval_images is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        teacher = Path(args.output_dir) / "teacher"
+        trainer.save_teacher(teacher)
+        print(summary(trainer.state.log_history, teacher))
+
+
+def summary(log_history: list[dict[str, float]], teacher: Path) -> str:
+    accuracies = [(entry["step"], entry["eval_knn_top1"]) for entry in log_history if "eval_knn_top1" in entry]
+    lines = [f"kNN top-1 accuracy of the teacher at step {step:>6,}: {value:5.1f} %" for step, value in accuracies]
+    return "\n".join([*lines, f"The trained teacher is in {teacher}"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 RECIPE = """
 train_data: digits
 backbone: {patch_size: 4, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           layerscale_value: 1.0e-5}
+           layerscale_value: 0.1}
 dino_head: {num_prototypes: 32, bottleneck_dim: 16, hidden_dim: 32, num_layers: 2}
 ibot_head: {num_prototypes: 32, bottleneck_dim: 16, hidden_dim: 32, num_layers: 2}
 global_crop_size: 16

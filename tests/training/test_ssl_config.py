@@ -139,17 +139,17 @@ def test_batches_that_do_not_divide_are_refused(arguments, message):
 
 
 def test_koleo_groups_must_tile_the_batch():
-    check_koleo_groups(None, 1, 64)
-    check_koleo_groups(16, 15, 64)
-    check_koleo_groups(None, 1, 1)  # one image has no neighbour; the loss of an empty set is the objective's affair
-    with pytest.raises(
-        ValueError, match=r"koleo_group_size 48 does not divide the 64 images .* use 32 or 64, or null"
-    ):
-        check_koleo_groups(48, 1, 64)
+    check_koleo_groups(None, 1, 64, 1)
+    check_koleo_groups(16, 15, 64, 4)
+    check_koleo_groups(None, 1, 1, 1)  # one image has no neighbour; the loss of an empty set is the objective's affair
+    with pytest.raises(ValueError, match=r"koleo_group_size 48 does not divide the 64 images .* use 32 or 64"):
+        check_koleo_groups(48, 1, 64, 1)
     with pytest.raises(
         ValueError, match=r"koleo_topk 4 needs groups of more than 4 images, but they have 4; .* 1 to 3"
     ):
-        check_koleo_groups(4, 4, 64)
+        check_koleo_groups(4, 4, 64, 1)
+    with pytest.raises(ValueError, match=r"null is the whole global batch, .* 16 of its 64 images; set .* to 16"):
+        check_koleo_groups(None, 1, 16, 4)
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

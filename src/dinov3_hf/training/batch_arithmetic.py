@@ -40,21 +40,28 @@ def micro_batch_size(global_batch_size: int, num_ranks: int, wanted: int | None)
     return wanted
 
 
-def check_koleo_groups(group_size: int | None, topk: int, batch_size: int) -> None:
+def check_koleo_groups(group_size: int | None, topk: int, batch_size: int, accumulation_steps: int) -> None:
     """Refuses KoLeo groups that do not tile the images of one forward pass over all ranks.
 
     Args:
-        group_size: images among which nearest neighbours are sought; `None` is all `batch_size` of them.
+        group_size: images among which nearest neighbours are sought; `None` is the whole global batch.
         topk: neighbours of each image.
-        batch_size: micro-batch size times ranks.
+        batch_size: images of one forward pass, micro-batch size times ranks.
+        accumulation_steps: forward passes of one optimizer step.
 
     Raises:
-        ValueError: the group does not divide the batch, or is too small for `topk` neighbours.
+        ValueError: the group does not divide the batch, spans several forward passes, or is too small for `topk`
+            neighbours.
     """
+    if group_size is None and accumulation_steps > 1:
+        raise ValueError(
+            f"koleo_group_size null is the whole global batch, but one forward pass sees {batch_size} of its "
+            f"{batch_size * accumulation_steps} images; set koleo_group_size to {batch_size} or a divisor of it."
+        )
     if group_size is not None and (group_size < 1 or batch_size % group_size):
         raise ValueError(
             f"koleo_group_size {group_size} does not divide the {batch_size} images of one forward pass over all "
-            f"ranks; use {_nearest_divisors(batch_size, group_size)}, or null for all of them."
+            f"ranks; use {_nearest_divisors(batch_size, group_size)}."
         )
     num_images = batch_size if group_size is None else group_size
     if not 1 <= topk < max(num_images, 2):

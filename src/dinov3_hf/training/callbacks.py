@@ -23,10 +23,9 @@ class TeacherUpdateCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: DINOv3ForPreTraining,
         **kwargs: Any,
     ) -> None:
+        model: DINOv3ForPreTraining = kwargs["model"]
         momentum = self.schedules.at(state.global_step)["teacher_momentum"]
         update_ema(model.teacher, model.student, momentum)
 
@@ -93,9 +92,8 @@ class TrainingProgressCallback(ProgressCallback):
     ) -> None:
         if self.training_bar is None or not logs:
             return
-        knn = [f"{name} {value:.1f} %" for name, value in logs.items() if name.endswith("knn_top1")]
-        if knn:
-            self.training_bar.write(f"step {state.global_step:>7,}  " + "  ".join(knn))
+        if "eval_knn_top1" in logs:
+            self.training_bar.write(f"step {state.global_step:>7,}  kNN top-1 {logs['eval_knn_top1']:.1f} %")
         if "loss" not in logs:
             return
         terms = "  ".join(

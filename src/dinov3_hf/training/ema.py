@@ -16,7 +16,7 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         teacher, student: modules with the same parameters, in the same order.
         momentum: in [0, 1].
     """
-    averages = list(teacher.parameters())
+    averages: list[torch.Tensor] = list(teacher.parameters())
     if averages and averages[0].dtype != torch.float32:
         raise ValueError(f"The EMA teacher is {averages[0].dtype}; keep it in float32 and use bf16 autocast instead.")
     torch._foreach_lerp_(averages, list(student.parameters()), 1.0 - momentum)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import IntervalStrategy, PreTrainedConfig
 
 from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews, check_crop_size
@@ -192,19 +192,33 @@ class SSLConfig(RecipeConfig):
         metadata=orchestration("Folder for checkpoints, logs and the trained teacher."),
     )
     eval_data: str | None = field(
-        default=None,
+        default="auto",
         metadata=orchestration(
-            "Labelled images for kNN accuracy during the run: a folder of class folders, or digits."
+            "Labelled images for kNN accuracy during the run: a folder of class folders, digits, null for none; auto "
+            "takes the labels that come with the training images (digits), else none."
         ),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._choose_evaluation()
         self._check_numbers()
         self._complete_heads()
         backbone_config = self.backbone_config()
         self._check_views(backbone_config.patch_size, backbone_config.num_channels)
-        check_koleo_groups(self.koleo_group_size, self.koleo_topk, self.train_batch_size * self.world_size)
+        check_koleo_groups(
+            self.koleo_group_size,
+            self.koleo_topk,
+            self.train_batch_size * self.world_size,
+            self.gradient_accumulation_steps,
+        )
+
+    def _choose_evaluation(self) -> None:
+        if self.eval_data == "auto":
+            self.eval_data = "digits" if self.train_data == "digits" else None
+        if self.eval_data is None:  # the Trainer refuses to evaluate on nothing
+            self.eval_strategy = IntervalStrategy.NO
+            self.do_eval = self.eval_on_start = False
 
     def _check_numbers(self) -> None:
         if self.sinkhorn_iterations < 1:

@@ -56,6 +56,9 @@ class SSLTrainer(Trainer):
 
     model: DINOv3ForPreTraining
     args: SSLConfig
+    train_dataset: SSLDataset
+    optimizer: Optimizer | None
+    lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # the Trainer says LambdaLR and takes any
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class SSLTrainer(Trainer):
         student = self.model.student
         return {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Batch]:
         args = self.args
         sampler = StreamSampler(
             len(self.train_dataset), num_positions=args.max_steps * args.global_batch_size, seed=args.seed
@@ -100,11 +103,12 @@ class SSLTrainer(Trainer):
             collate_fn=collate_views,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(loader)
+        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
+        return prepared
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -148,7 +152,7 @@ class SSLTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
-            self.lr_scheduler = RecipeScheduler(self.optimizer if optimizer is None else optimizer, self.schedules)
+            self.lr_scheduler = RecipeScheduler(optimizer or self.create_optimizer(), self.schedules)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -180,20 +184,22 @@ class SSLTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norms = clip_gradients(self.submodules, self.args.max_grad_norm)
         self._means.add({f"grad_norm/{name}": norm for name, norm in norms.items()})
-        return torch.stack(list(norms.values())).norm()
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        return norm
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """k-nearest-neighbour accuracy of the teacher's CLS tokens, in percent, as `{prefix}_knn_top1`."""
-        images = self.eval_dataset if eval_dataset is None else eval_dataset
+        images: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if images is None:
             raise ValueError("evaluate needs labelled images; pass eval_images to SSLTrainer or set eval_data.")
-        shared: list[dict[str, float]] = [{}]
+        metrics: dict[str, float] = {}
         if self.is_world_process_zero():
-            accuracies = frozen_knn(self.model.teacher.backbone, *images, args=self.args)
-            shared = [{f"{metric_key_prefix}_{name}": value for name, value in accuracies.items()}]
-        [metrics] = broadcast_object_list(shared)
+            reference, query = images
+            accuracies = frozen_knn(self.model.teacher.backbone, reference, query, self.args)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in accuracies.items()}
+        metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -218,7 +224,7 @@ class SSLTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(self.args.recipe(), sort_keys=False))
