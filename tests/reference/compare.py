@@ -17,15 +17,15 @@ class NotInThePackageYet(Exception):
     """A part of the original implementation that the package does not have yet."""
 
 
-class UnknownSetting(Exception):
-    """A setting that this program does not know: what it changes would go unnoticed."""
+class Unknown(Exception):
+    """Something in a case that this program does not know: what it changes would go unnoticed."""
 
 
 def refuse_unknown(section: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises UnknownSetting for the first of the names in `given` that is not in `known`."""
+    """Raises Unknown for the first of the names in `given` that is not in `known`."""
     for name in given:
         if name not in known:
-            raise UnknownSetting(f"{section}.{name} is not a setting that this program knows")
+            raise Unknown(f"{section}: this program does not know {name}")
 
 
 @dataclass
@@ -55,20 +55,29 @@ class Comparison:
     misses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def check(self, name: str, actual: Tensor | float) -> None:
-        """Compares `actual` with the recorded tensor `name`; a name that was not recorded is left alone."""
+    def check(self, name: str, actual: Tensor | float, slack: Tensor | float = 0.0) -> None:
+        """Compares `actual` with the recorded tensor `name`; a name that was not recorded is left alone.
+
+        Args:
+            slack: added to `atol`; a number, or one for each element.
+        """
         if name not in self.expected:
             return
         actual, expected = _as_tensor(actual), self.expected[name]
         if _sort(actual) != _sort(expected):
             self._miss(name, f"{_sort(actual)} numbers, recorded {_sort(expected)}")
         elif expected.is_floating_point():
-            self.check_pair(name, actual, expected, self.rtol, self.atol)
+            self.check_pair(name, actual, expected, self.rtol, self.atol + slack)
         else:
             self.check_pair(name, actual, expected)
 
     def check_pair(
-        self, name: str, actual: Tensor | float, expected: Tensor | float, rtol: float = 0.0, atol: float = 0.0
+        self,
+        name: str,
+        actual: Tensor | float,
+        expected: Tensor | float,
+        rtol: float = 0.0,
+        atol: Tensor | float = 0.0,
     ) -> None:
         """Compares two tensors at a tolerance of their own, by default none."""
         actual, expected = _as_tensor(actual), _as_tensor(expected)

@@ -17,7 +17,7 @@ def build_head(native: dict[str, Any]) -> PrototypeHead:
 
     Raises:
         Declined: batch norm.
-        UnknownSetting: an argument that the original does not have.
+        Unknown: an argument that the original does not have.
     """
     refuse_unknown("constructor", native, (*SIZES, *DEFAULTS))
     options = DEFAULTS | native

@@ -17,7 +17,6 @@ from dinov3_hf.models.dinov3_vit.rope import RopeParameters, rope_periods
 from .compare import Comparison
 from .masking import STANDARD_ERRORS
 
-SMALLEST = {"embed_dim": 4, "depth": 1, "num_heads": 1}
 # Not random: their statistics are exact.
 BUFFERS = ("rope_embed.periods", "bias_mask")
 
@@ -91,19 +90,25 @@ def _vit(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
 
 
 def _rope(periods: Statistics) -> dict[str, Any]:
-    """Arguments that give the recorded extremes: the default base in either precision, or else the extremes."""
-    low, high = (periods.get("constant", periods.get(name)) for name in ("min", "max"))
-    for dtype in ("fp32", "bf16"):
-        config = config_from_native(SMALLEST | {"embed_dim": 4 * periods["shape"][0], "pos_embed_rope_dtype": dtype})
+    """The arguments, in the order of how usual they are, that come closest to the recorded periods."""
+    (count,) = periods["shape"]
+    recorded = [periods.get("constant", periods.get(name)) for name in ("min", "mean", "max")]
+    low, high = recorded[0], recorded[-1]
+    base = float(f"{high ** (count / max(count - 1, 1)):.3g}")  # the longest period is base^((count - 1) / count)
+    extremes = {"pos_embed_rope_min_period": low, "pos_embed_rope_max_period": high, "pos_embed_rope_base": None}
+    candidates = [
+        {**arguments, "pos_embed_rope_dtype": dtype}
+        for arguments in ({"pos_embed_rope_base": 100.0}, {"pos_embed_rope_base": base}, extremes)
+        for dtype in ("fp32", "bf16")
+    ]
+
+    def distance(arguments: dict[str, Any]) -> float:
+        config = config_from_native({"embed_dim": 4 * count, "depth": 1, "num_heads": 1, **arguments})
         ours = rope_periods(RopeParameters.from_config(config)).double()
-        if math.isclose(ours.min(), low, rel_tol=1e-6) and math.isclose(ours.max(), high, rel_tol=1e-6):
-            return {"pos_embed_rope_dtype": dtype}
-    return {
-        "pos_embed_rope_base": None,
-        "pos_embed_rope_min_period": low,
-        "pos_embed_rope_max_period": high,
-        "pos_embed_rope_dtype": "fp32",
-    }
+        errors = torch.stack([ours.min(), ours.mean(), ours.max()]) / torch.tensor(recorded) - 1
+        return round(errors.abs().max().item(), 6)
+
+    return min(candidates, key=distance)
 
 
 def _prototype_head(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Several gloo processes on this machine, for what is computed over ranks."""
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from torch import Tensor
 
 # The loopback device: without it gloo looks up the host name, which may not resolve.
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+# A server that has the package already forks the processes, so that only the first call waits for imports.
+multiprocessing.set_forkserver_preload(["dinov3_hf.distributed.reductions"])
 
 
 def run_in_processes(
@@ -33,7 +36,9 @@ def run_in_processes(
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            torch.multiprocessing.spawn(_process, (world_size, folder, function, args), nprocs=world_size)
+            torch.multiprocessing.start_processes(
+                _process, (world_size, folder, function, args), nprocs=world_size, start_method="forkserver"
+            )
         except torch.multiprocessing.ProcessRaisedException as error:
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeError(f"rank {error.error_index}: {reason}") from error

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dinov3_hf.distributed.reductions import rank
 from tests.reference.__main__ import main
 from tests.reference.compare import Comparison, Declined
 from tests.reference.io import find_cases
+from tests.reference.processes import run_in_processes
 from tests.reference.topics import check_case
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -61,6 +63,67 @@ def test_an_output_that_is_not_compared_fails(copied, capsys):
     save_file({**outputs, "koleo/x/something_else": torch.zeros(1)}, copied / "outputs.safetensors")
     assert main([str(copied)]) == 1
     assert "koleo/x/something_else: not compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        (
+            "d_losses/koleo",
+            lambda spec: spec["config"].update(group_size=4),
+            "config: this program does not know group",
+        ),
+        (
+            "c_dino_head/one_layer",
+            lambda spec: spec["config"]["constructor"].update(dropout=0.1),
+            "constructor: this program does not know dropout",
+        ),
+        (
+            "a_vit/rope_aug_all",
+            lambda spec: spec["config"]["constructor"].update(interleaved=True),
+            "constructor: this program does not know interleaved",
+        ),
+        (
+            "e_ssl_step/gram_off",
+            lambda spec: spec["config"]["config_overrides"]["dino"].update(sharpening=2),
+            "config_overrides.dino: this program does not know sharpening",
+        ),
+    ],
+)
+def test_a_setting_that_nothing_reads_fails(tmp_path, case, change, message, capsys):
+    copied = Path(shutil.copytree(FIXTURES / case, tmp_path / "topic" / "case"))
+    edit(copied, change)
+    assert main([str(copied)]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_a_setting_that_is_off_is_no_setting(copied):
+    edit(copied, lambda spec: spec["config"].update(group_size=None, detach=False))
+    assert main([str(copied)]) == 0
+
+
+def test_a_declined_value_is_no_miss(tmp_path, capsys):
+    copied = Path(shutil.copytree(FIXTURES / "e_ssl_step" / "gram_off", tmp_path / "topic" / "case"))
+    edit(copied, lambda spec: spec["resolved_config"]["train"].update(centering="softmax"))
+    assert main([str(copied)]) == 0
+    assert "declined: train.centering: softmax" in capsys.readouterr().out
+
+
+def test_files_that_contradict_the_list_fail(copied, capsys):
+    outputs = load_file(copied / "outputs.safetensors")
+    loss = outputs.pop("koleo/x/loss")
+    save_file(outputs, copied / "outputs.safetensors")
+    assert main([str(copied)]) == 1
+    assert "outputs.safetensors has no koleo/x/loss" in capsys.readouterr().out
+    save_file({**outputs, "koleo/x/loss": loss.half()}, copied / "outputs.safetensors")
+    assert main([str(copied)]) == 1
+    assert "koleo/x/loss in outputs.safetensors is {'shape': [], 'dtype': 'float16'}" in capsys.readouterr().out
+
+
+def test_an_entry_that_is_missing_is_named(copied, capsys):
+    edit(copied, lambda spec: spec.pop("tolerance"))
+    assert main([str(copied)]) == 1
+    assert "MISS: KeyError: there is no 'tolerance'" in capsys.readouterr().out
 
 
 def test_an_unknown_kind_fails_wherever_it_is(copied, capsys):
@@ -122,6 +185,8 @@ def test_tolerance_is_absolute_plus_relative():
         (torch.zeros(()), torch.zeros(1)),
         (torch.tensor([1]), torch.tensor([2])),
         (torch.tensor([True]), torch.tensor([False])),
+        (torch.tensor([1]), torch.tensor([1.0])),
+        (torch.tensor([1.0]), torch.tensor([True])),
     ],
 )
 def test_differences_that_no_tolerance_allows(actual, expected):
@@ -132,3 +197,23 @@ def test_differences_that_no_tolerance_allows(actual, expected):
 def test_equal_tensors_pass_at_no_tolerance():
     assert not compare_one(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])).misses
     assert not compare_one(torch.zeros(2, 0), torch.zeros(2, 0)).misses
+    assert not compare_one(torch.tensor([-torch.inf]), torch.tensor([-torch.inf])).misses
+
+
+def test_slack_is_for_its_own_element():
+    compare = Comparison({"x": torch.zeros(2)}, rtol=0.0, atol=0.0)
+    compare.check("x", torch.tensor([0.1, 0.0]), slack=torch.tensor([0.2, 0.0]))
+    assert not compare.misses
+    compare.check("x", torch.tensor([0.0, 0.1]), slack=torch.tensor([0.2, 0.0]))
+    assert compare.misses
+
+
+def fail_on_the_second() -> dict[str, torch.Tensor]:
+    if rank() == 1:
+        raise ValueError("no such luck")
+    return {}
+
+
+def test_a_process_that_fails_is_named():
+    with pytest.raises(RuntimeError, match="rank 1: ValueError: no such luck"):
+        run_in_processes(fail_on_the_second, 2)

@@ -5,7 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import augmentation, heads, initialisation, inventory, losses, masking, param_groups, schedules, steps, vit
+from . import (
+    augmentation,
+    evaluation,
+    heads,
+    initialisation,
+    inventory,
+    losses,
+    masking,
+    param_groups,
+    schedules,
+    steps,
+    vit,
+)
 from .compare import Comparison, NotInThePackageYet
 from .io import Case, read_json
 
@@ -55,6 +67,7 @@ KINDS: dict[str, Check] = {
             *("mask_ratio_min_max", "mask_probability", "random_circular_shift"),
         ),
     ),
+    "knn": Check(evaluation.check_knn, ("num_classes", "ks", "temperatures")),
 }
 
 KINDS_NOT_IN_THE_PACKAGE_YET = (
@@ -64,7 +77,6 @@ KINDS_NOT_IN_THE_PACKAGE_YET = (
     "distillation_trajectory",
     "dinotxt",
     "contrastive_two_processes",
-    "knn",
     "logistic_regression",
     "multi_scale",
     "segmentation_metrics",
@@ -135,7 +147,7 @@ def _check_folder(case: Case) -> Comparison:
     compare.finish()
     # An option that is off (false, null, 0, none) is one that the case does not have.
     unknown = [name for name, value in case.config.items() if value and name not in check.settings]
-    compare.misses += [f"config.{name}: not a setting that this program knows" for name in unknown]
+    compare.misses += [f"config: this program does not know {name}" for name in unknown]
     return compare
 
 
