@@ -5,6 +5,7 @@ import torch
 
 from dinov3_hf.distributed.reductions import rank
 from dinov3_hf.objectives.koleo import koleo_loss
+from dinov3_hf.objectives.prototype_usage import prototype_entropy
 from dinov3_hf.objectives.sinkhorn import sinkhorn_knopp
 from tests.reference.processes import run_in_processes
 
@@ -22,6 +23,7 @@ def half_of_the_batch() -> dict[str, torch.Tensor]:
     for name, split in SPLITS.items():
         rows = batch()[:split] if rank() == 0 else batch()[split:]
         results[f"sinkhorn/{name}"] = sinkhorn_knopp(rows, 0.2)
+        results[f"entropy/{name}"] = prototype_entropy(rows)
     for group_size, topk in KOLEO:
         rows = batch().chunk(2)[rank()].clone().requires_grad_()
         loss = koleo_loss(rows, group_size, topk)
@@ -46,6 +48,13 @@ def halves() -> list[dict[str, torch.Tensor]]:
 def test_sinkhorn(halves, split):
     both = torch.cat([half[f"sinkhorn/{split}"] for half in halves])
     torch.testing.assert_close(both, sinkhorn_knopp(batch(), 0.2))
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("split", SPLITS)
+def test_prototype_entropy(halves, split):
+    for half in halves:
+        torch.testing.assert_close(half[f"entropy/{split}"], prototype_entropy(batch()))
 
 
 @pytest.mark.invariant

@@ -45,15 +45,6 @@ def test_no_masked_patch_gives_a_zero_with_a_graph():
     assert z.grad is not None and z.grad.shape == (0, 7)
 
 
-@pytest.mark.invariant
-def test_autocast_changes_nothing():
-    z, p, weight, mask = masked_patches()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ibot_loss(z, p, weight, len(mask))
-    assert torch.equal(inside, ibot_loss(z, p, weight, len(mask)))
-    assert ibot_loss(z.bfloat16(), p.bfloat16(), weight.bfloat16(), 4).dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("z", "p", "weight", "num_images", "message"),
     [

@@ -65,15 +65,6 @@ def test_spreading_out_lowers_the_loss():
     assert koleo_loss(x - 0.01 * gradient) < before
 
 
-@pytest.mark.invariant
-def test_autocast_changes_nothing():
-    x = features()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = koleo_loss(x)
-    assert torch.equal(inside, koleo_loss(x))
-    assert koleo_loss(x.bfloat16()).dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
