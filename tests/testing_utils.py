@@ -5,9 +5,16 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
+from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
+from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 
 REPOSITORY = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -51,3 +58,31 @@ def run_python(*arguments: str | Path, timeout: float = 120, **env: str) -> subp
 def run_cli(*arguments: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `dinov3-hf ARGUMENTS` in a process of its own."""
     return run_python("-m", "dinov3_hf", *arguments, timeout=timeout, **env)
+
+
+def save_tiny_vit(folder: Path, image_size: int = 32, **fields: Any) -> DINOv3ViTModel:
+    """Write a model folder, image processor included, of a random ViT: patch 8, width 24, 2 blocks, 2 registers."""
+    tiny = {
+        "patch_size": 8,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_register_tokens": 2,
+    }
+    model = DINOv3ViTModel(DINOv3ViTConfig(**tiny | fields)).eval()
+    model.save_pretrained(folder)
+    num_channels = model.config.num_channels
+    statistics = {"image_mean": [0.5] * num_channels, "image_std": [0.25] * num_channels}
+    build_image_processor(image_size=image_size, **statistics).save_pretrained(folder)
+    return model
+
+
+def save_labelled_images(folder: Path, num_images: int = 10, size: tuple[int, int] = (40, 48)) -> None:
+    """Write `num_images` noisy photos of each of two classes, `folder`/dark/*.png and `folder`/light/*.png."""
+    rng = np.random.default_rng(0)
+    for name, brightness in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir(parents=True)
+        for i in range(num_images):
+            pixels = rng.normal(brightness, 20, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02}.png")

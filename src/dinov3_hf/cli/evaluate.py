@@ -11,8 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dinov3_hf.errors import ArgumentError
-
 # The numbers of neighbours of published kNN results; 20 is usually best.
 KS = [10, 20, 100, 200]
 
@@ -23,11 +21,9 @@ def register(app: typer.Typer) -> None:
     app.add_typer(tasks, name="evaluate")
 
 
-@tasks.callback(invoke_without_command=True)
-def evaluate(context: typer.Context) -> None:
+@tasks.callback()
+def evaluate() -> None:
     """Measure the frozen features of a model."""
-    if context.invoked_subcommand is None:
-        raise ArgumentError("evaluate needs a task, such as knn; dinov3-hf evaluate --help lists them.")
 
 
 @tasks.command()
@@ -44,7 +40,8 @@ def knn(
     k: Annotated[list[int], typer.Option("--k", min=1, help="Neighbours that vote; repeat it for several.")] = KS,
     temperature: Annotated[float, typer.Option("--temperature", help="Of the softmax over similarities.")] = 0.07,
     size: Annotated[
-        int | None, typer.Option("--size", help="Side of the input in pixels; the image processor's if not given.")
+        int | None,
+        typer.Option("--size", min=1, help="Side of the input in pixels; the image processor's if not given."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images a forward pass.")] = 64,
     num_workers: Annotated[int, typer.Option("--num_workers", min=0, help="Processes that read images.")] = 0,
@@ -59,15 +56,16 @@ def knn(
     """
     from dinov3_hf.cli.models import open_model
     from dinov3_hf.cli.splits import labelled_splits
-    from dinov3_hf.evals.features import extract_features, input_size
+    from dinov3_hf.evals.features import extract_features, input_size, patch_grid
     from dinov3_hf.evals.knn import knn_accuracies
 
     network, processor = open_model(model, device)
     side = size or input_size(processor)
+    patch_grid(network, side, side)  # refuses a size that does not divide before all the images are listed
     train, test = labelled_splits(data, network.config.num_channels, side)
     settings: dict[str, Any] = {"size": side, "batch_size": batch_size, "num_workers": num_workers, "bf16": bf16}
     train_features, test_features = (
-        extract_features(network, part, processor, part.labels, progress=None if as_json else name, **settings)
+        extract_features(network, part, processor, part.labels, progress=name, **settings)
         for name, part in (("training images", train), ("test images", test))
     )
     accuracies = knn_accuracies(train_features, test_features, k, temperature, network.device)
@@ -88,7 +86,8 @@ def knn(
 
 def show(facts: dict[str, Any]) -> None:
     console = Console()
-    console.print(f"[bold]kNN of {facts['model']} on {facts['data']}[/bold]", highlight=False)
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    console.print(f"kNN of {facts['model']} on {facts['data']}", style="bold", **plain)
     table = Table("k", "top 1 %", "top 5 %", box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
@@ -103,5 +102,5 @@ def show(facts: dict[str, Any]) -> None:
     console.print(
         f"{facts['num_train']} training and {facts['num_test']} test images of {facts['num_classes']} classes "
         f"at {facts['size']} x {facts['size']} pixels",
-        highlight=False,
+        **plain,
     )

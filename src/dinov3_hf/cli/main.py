@@ -59,12 +59,25 @@ def parse_and_run(argv: list[str]) -> None:
     arguments = argv or ["--help"]
     # Options before the command are flags, so the first other word is the command.
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    app = build_app(chosen)
     try:
-        status = build_app(chosen)(arguments, prog_name="dinov3-hf", standalone_mode=False)
+        status = app(arguments, prog_name="dinov3-hf", standalone_mode=False)
     except typer.TyperException as error:
-        raise errors.ArgumentError(error.format_message()) from error
+        raise errors.ArgumentError(f"{error.format_message()} (usage: {help_page(app, arguments)})") from error
     if isinstance(status, int):
         sys.exit(status)
+
+
+def help_page(app: typer.Typer, argv: list[str]) -> str:
+    """What to type for the help page of the command that `argv` begins with: `dinov3-hf evaluate knn --help`."""
+    command: object = typer.main.get_command(app)
+    path = ["dinov3-hf"]
+    for word in argv:
+        if not isinstance(command, typer.core.TyperGroup) or word not in command.commands:
+            break
+        path.append(word)
+        command = command.commands[word]
+    return " ".join([*path, "--help"])
 
 
 def main() -> None:

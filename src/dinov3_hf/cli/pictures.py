@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from dinov3_hf.data.datasets import load_images
@@ -20,29 +21,30 @@ def read_pictures(source: str, limit: int) -> list[Image.Image]:
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or no image in it.
-        ValueError: if the file is no image.
+        ValueError: if an image cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
         try:
             with Image.open(path) as image:
                 return [ImageOps.exif_transpose(image).convert("RGB")]
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
             raise ValueError(f"{path} cannot be read as an image; give a JPEG or PNG file, for example.") from error
     if source != "digits" and not path.is_dir():
-        raise FileNotFoundError(f"there is no image file or folder {source}.")
+        raise FileNotFoundError(f"there is no image {source}; give an image file, a folder of images, or digits.")
     images = load_images(source, "test" if source == "digits" else None)
     if images.labels is None:
         rows = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
     else:  # one image of each class, then a second of each, and so on
-        rank = np.array([(images.labels[:i] == label).sum() for i, label in enumerate(images.labels)])
-        rows = np.lexsort((images.labels, rank))[:limit]
+        order = np.argsort(images.labels, kind="stable")
+        first = np.searchsorted(images.labels[order], images.labels[order])  # of the same class
+        rows = order[np.lexsort((images.labels[order], np.arange(len(images)) - first))][:limit]
     return [to_picture(images.image(int(row))) for row in rows]
 
 
 def patch_features(
     model: PreTrainedModel, processor: BaseImageProcessor, pictures: Sequence[Image.Image], size: int | None
-) -> tuple[list[Image.Image], list[np.ndarray]]:
+) -> list[np.ndarray]:
     """Patch features of pictures in their own proportions.
 
     Args:
@@ -52,22 +54,23 @@ def patch_features(
         size: short side of the model's input in pixels; the long side becomes the nearest multiple of the patch size.
 
     Returns:
-        The pictures as the model saw them, and of each float32 features (h, w, D).
+        Of each picture, float32 (h, w, D).
 
     Raises:
-        ValueError: if `size` is no multiple of the patch size, or the model has no patches.
+        ValueError: if `size` is no multiple of the patch size, or the model has no patches or not 1 or 3 channels.
     """
     side = patch_size(model)
     if side is None:
         raise ValueError(f"a model of type {model.config.model_type} has no patches of one size to show.")
+    if model.config.num_channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels; this model takes {model.config.num_channels}.")
     short = size or DEFAULT_ENLARGEMENT * input_size(processor)
     check_divisible(short, side)
-    resized, patches = [], []
-    for picture in pictures:
+    patches = []
+    for picture in tqdm(pictures, unit=" images", disable=None):  # shown in a terminal only
         width, height = (round(length * short / min(picture.size) / side) * side for length in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        seen = picture.convert("L") if model.config.num_channels == 1 else picture
+        seen = picture.resize((width, height), Image.Resampling.BICUBIC)
+        seen = seen if model.config.num_channels == 3 else seen.convert("L")
         features = extract_features(model, ImageList([seen]), processor, size=(height, width), with_patches=True)
-        resized.append(picture)
         patches.append(features.patch_maps()[0].numpy())  # (h, w, D)
-    return resized, patches
+    return patches

@@ -54,24 +54,33 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
 
     Raises:
         FileNotFoundError: if there is no such folder, or no images in it.
-        ValueError: if images lie outside class sub-folders, a class has test images only, or all are too small.
+        ValueError: if images lie outside class sub-folders, all belong to one class, a class has test images only, all
+            classes are too small, or there is a `test/` without a `train/`.
     """
     crop = None if data == "digits" else size
+    folder = Path(data).expanduser()
+    test_folder = next((name for name in SPLIT_FOLDERS["test"] if (folder / name).is_dir()), None)
+    if test_folder is not None and not (folder / "train").is_dir():
+        raise ValueError(f"{data} has a sub-folder {test_folder} but none named train; put the training images there.")
     train = _read(data, "train", num_channels, crop)
-    if data == "digits" or any((Path(data) / name).is_dir() for name in SPLIT_FOLDERS["test"]):
+    if len(train.class_names) < 2:
+        raise ValueError(f"all images in {data} are of one class, {train.class_names[0]}; give a sub-folder a class.")
+    if data == "digits" or test_folder is not None:
         return train, _labelled_like(train, _read(data, "test", num_channels, crop), data)
     is_test = np.zeros(len(train), dtype=bool)
     order = np.random.default_rng(0).permutation(len(train))
     for label in range(len(train.class_names)):
         is_test[order[train.labels[order] == label][TEST_EVERY - 1 :: TEST_EVERY]] = True
     if not is_test.any():
-        raise ValueError(f"no class in {data} has {TEST_EVERY} images: too few to set some aside for the test.")
+        raise ValueError(
+            f"no class in {data} has {TEST_EVERY} images, too few to set some aside; put test images into {data}/test."
+        )
     return train.subset(~is_test), train.subset(is_test)
 
 
 def _read(data: str, split: Split, num_channels: int, crop: int | None) -> LabelledImages:
     source = load_images(data, split, labelled=True, num_channels=num_channels)
-    assert source.labels is not None and source.class_names is not None  # asked for
+    assert source.labels is not None and source.class_names is not None  # because of labelled=True
     return LabelledImages(source, np.arange(len(source)), source.labels, source.class_names, crop)
 
 
@@ -79,6 +88,9 @@ def _labelled_like(train: LabelledImages, test: LabelledImages, data: str) -> La
     """`test` with the labels that `train` gives to the classes of the same names."""
     unknown = sorted(set(test.class_names) - set(train.class_names))
     if unknown:
-        raise ValueError(f"the test images in {data} have classes without training images: {', '.join(unknown[:5])}.")
+        raise ValueError(
+            f"the test images in {data} have classes without training images, such as {unknown[0]}; add some or "
+            "remove these classes."
+        )
     translation = np.array([train.class_names.index(name) for name in test.class_names])
     return replace(test, labels=translation[test.labels], class_names=train.class_names)

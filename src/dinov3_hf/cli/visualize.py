@@ -14,11 +14,15 @@ from dinov3_hf.errors import ArgumentError
 kinds = typer.Typer(rich_markup_mode="markdown")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub repository.")]
+Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders of images, or `digits`.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Image file to write; its suffix gives the format.")]
 Size = Annotated[
     int | None,
-    typer.Option("--size", help="Short side of the input in pixels; three times the image processor's if not given."),
+    typer.Option(
+        "--size", min=1, help="Short side of the input in pixels; three times the image processor's if not given."
+    ),
 ]
+NumImages = Annotated[int, typer.Option("--num_images", min=1, help="At most so many of a folder.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; a GPU if there is one.")]
 
 
@@ -26,23 +30,14 @@ def register(app: typer.Typer) -> None:
     app.add_typer(kinds, name="visualize")
 
 
-@kinds.callback(invoke_without_command=True)
-def visualize(context: typer.Context) -> None:
+@kinds.callback()
+def visualize() -> None:
     """Make a picture of what the features of a model tell apart."""
-    if context.invoked_subcommand is None:
-        raise ArgumentError("visualize needs a kind, such as pca; dinov3-hf visualize --help lists them.")
 
 
 @kinds.command()
 def pca(
-    model: Model,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders of images, or `digits`.")
-    ],
-    output: Output,
-    size: Size = None,
-    num_images: Annotated[int, typer.Option("--num_images", min=1, help="At most so many of a folder.")] = 20,
-    device: Device = None,
+    model: Model, images: Images, output: Output, size: Size = None, num_images: NumImages = 20, device: Device = None
 ) -> None:
     """Principal components of the patch features as colours, under each image.
 
@@ -54,14 +49,14 @@ def pca(
     from dinov3_hf.viz.pca import pca_figure
 
     pictures = [picture for source in images for picture in read_pictures(source, num_images)]
-    resized, patches = patch_features(*open_model(model, device), pictures, size)
-    save(pca_figure(resized, patches), output)
+    patches = patch_features(*open_model(model, device), pictures, size)
+    save(pca_figure(pictures, patches), output)
 
 
 @kinds.command()
 def similarity(
     model: Model,
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file.")],
+    images: Images,
     output: Output,
     patch: Annotated[
         str | None,
@@ -72,20 +67,22 @@ def similarity(
         ),
     ] = None,
     size: Size = None,
+    num_images: NumImages = 20,
     device: Device = None,
 ) -> None:
-    """Cosine similarity of one patch with all others, beside the image."""
+    """Cosine similarity of one patch of the first image with all patches of all images."""
     position = None if patch is None else parse_patch(patch)
     check_output(output)
     from dinov3_hf.cli.models import open_model
     from dinov3_hf.cli.pictures import patch_features, read_pictures
     from dinov3_hf.viz.similarity import similarity_figure
 
-    pictures = read_pictures(image, 1)
-    (resized,), (patches,) = patch_features(*open_model(model, device), pictures, size)
-    row, column = position or (patches.shape[0] // 2, patches.shape[1] // 2)
-    save(similarity_figure(resized, patches, row, column), output)
-    print(f"patch {row},{column} of {patches.shape[0]} rows and {patches.shape[1]} columns")
+    pictures = [picture for source in images for picture in read_pictures(source, num_images)]
+    patches = patch_features(*open_model(model, device), pictures, size)
+    rows, columns, _ = patches[0].shape
+    row, column = position or (rows // 2, columns // 2)
+    save(similarity_figure(pictures, patches, row, column), output)
+    print(f"patch {row},{column} of {rows} rows and {columns} columns")
 
 
 def parse_patch(text: str) -> tuple[int, int]:
@@ -105,13 +102,13 @@ def check_output(output: Path) -> None:
     """Refuse a file that could not be written before the work is done rather than after.
 
     Raises:
-        ArgumentError: if the suffix is of no image format.
+        ArgumentError: if the suffix is of no image format that can be written.
     """
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ArgumentError(f"{output} does not end in the suffix of an image format; use for example .png.")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def save(figure: Image.Image, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.save(output)
     print(f"{output} ({figure.width} x {figure.height} pixels)")

@@ -104,7 +104,7 @@ class FolderImages:
                 ImageOps.exif_transpose(image, in_place=True)
                 return image if image.mode == self.mode else image.convert(self.mode)  # convert() would copy
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-            raise ValueError(f"cannot read image {path}: {error}") from error
+            raise ValueError(f"cannot read image {path} ({error}); repair or remove it.") from error
 
 
 def _image_names(root: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -87,13 +88,13 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
 
     Raises:
         FileNotFoundError: if `source` is a folder without a model or image processor, or a path where nothing is.
+        ValueError: if its weights cannot be read.
     """
     folder = Path(source)
     if folder.is_dir():
         if not _is_model_folder(folder):
-            models = sorted(
-                filter(_is_model_folder, folder.iterdir()), reverse=True
-            )  # `teacher` before `checkpoint-100`
+            # Of a training run, `teacher` rather than `checkpoint-100`.
+            models = sorted(filter(_is_model_folder, folder.iterdir()), reverse=True)
             remedy = f"give {models[0]}" if models else "give a folder that save_pretrained wrote, processor included"
             raise FileNotFoundError(f"{source} is no model folder (it needs {' and '.join(MODEL_FILES)}); {remedy}.")
     elif source.count("/") != 1 or source.startswith((".", "/", "~")) or folder.parent.is_dir():
@@ -105,7 +106,10 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
             raise
         raise FileNotFoundError(f"there is no folder {source}, and as a Hub repository it fails: {error}") from error
     model_class = OUR_MODELS.get(config.model_type, AutoModel)
-    model: Any = model_class.from_pretrained(source, dtype=torch.float32)
+    try:
+        model: Any = model_class.from_pretrained(source, dtype=torch.float32)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source} cannot be read ({error}); copy or download them again.") from error
     return model.to(device).eval(), AutoImageProcessor.from_pretrained(source)
 
 
@@ -187,7 +191,8 @@ def extract_features(
         progress: what the progress bar is called (shown in a terminal only); `None` shows none.
 
     Raises:
-        ValueError: if there are no images, if `labels` are not as many, or if a side is no multiple of the patch size.
+        ValueError: if there are no images or one cannot be read, if `labels` are not as many, if a side is no multiple
+            of the patch size, or if processor and model disagree about the number of channels.
     """
     if len(images) == 0:
         raise ValueError("there are no images to compute features of.")
@@ -202,6 +207,13 @@ def extract_features(
     cls, patches, grid = [], [], None
     with bar, evaluation_mode(model):
         for pixel_values in loader:  # (B, C, H, W)
+            if isinstance(pixel_values, ValueError):
+                raise pixel_values
+            if pixel_values.shape[1] != model.config.num_channels:
+                raise ValueError(
+                    f"the image processor makes images of {pixel_values.shape[1]} channels, and the model takes "
+                    f"{model.config.num_channels}; image_mean and image_std need one value a channel."
+                )
             grid = patch_grid(model, *pixel_values.shape[-2:])
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 output = model(pixel_values=pixel_values.to(model.device))
@@ -249,16 +261,23 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Prepare:
-    """Row numbers -> pixel values (B, C, H, W). A class, because worker processes must be able to receive it."""
+    """Row numbers -> pixel values (B, C, H, W). A class, because worker processes must be able to receive it.
+
+    What an image cannot be read for is handed over as a value: raised in a worker process, it would arrive wrapped in
+    that process's traceback.
+    """
 
     images: Images
     processor: BaseImageProcessor
     size: int | tuple[int, int] | None
 
-    def __call__(self, rows: list[int]) -> Tensor:
+    def __call__(self, rows: list[int]) -> Tensor | ValueError:
         options: dict[str, Any] = {}
         if self.size is not None:
             height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
             options = {"size": {"height": height, "width": width}, "do_center_crop": False}
-        pictures: Any = [self.images.image(row) for row in rows]
+        try:
+            pictures: Any = [to_picture(self.images.image(row)) for row in rows]
+        except ValueError as error:
+            return error
         return self.processor(pictures, return_tensors="pt", **options)["pixel_values"]

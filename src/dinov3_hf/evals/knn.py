@@ -1,6 +1,6 @@
 """k-nearest-neighbour classification of frozen features.
 
-Letters: N training images, M test images, m of them at a time, D features, C classes, K = max(k) neighbours.
+Letters: N training images, M test images, D features, C classes, K = max(k) neighbours.
 """
 
 from collections.abc import Sequence
@@ -11,43 +11,8 @@ from torch.nn.functional import normalize
 
 from dinov3_hf.evals.features import Features
 
-# Numbers held at once (similarities, class scores): 64 Mi floats, 256 MiB, whatever the sizes of the two sets.
-MAX_NUMBERS = 2**26
-
-
-def knn_class_scores(
-    train_cls: Tensor,
-    train_labels: Tensor,
-    test_cls: Tensor,
-    num_classes: int,
-    ks: Sequence[int] = (20,),
-    temperature: float = 0.07,
-) -> dict[int, Tensor]:
-    r"""What the k nearest training images vote for each test image.
-
-    $$ \mathrm{score}_k(x, c) = \sum_{i \in \mathrm{NN}_k(x)} [y_i = c]\;
-       \frac{\exp(\cos(x, x_i) / \tau)}{\sum_{j \in \mathrm{NN}_K(x)} \exp(\cos(x, x_j) / \tau)} $$
-
-    with K = max(ks): the weights are a softmax over the largest neighbourhood and are not renormalised for the smaller
-    ones, which changes the scores of a smaller k but not their order. A k beyond N counts as N.
-
-    Args:
-        train_cls: features (N, D) of any length.
-        train_labels: their classes, int64 (N,).
-        test_cls: features (m, D).
-        num_classes: C.
-        ks: sizes of the neighbourhood, 1 or more each.
-        temperature: $\tau$.
-
-    Returns:
-        For each k, scores (m, C).
-    """
-    similarity = normalize(test_cls, dim=-1) @ normalize(train_cls, dim=-1).T  # (m, N)
-    nearest, index = similarity.topk(min(max(ks), len(train_cls)), dim=-1)  # (m, K), most similar first
-    weights = torch.softmax(nearest / temperature, dim=-1)  # (m, K)
-    votes = train_labels[index]  # (m, K)
-    empty = similarity.new_zeros(len(test_cls), num_classes)  # (m, C)
-    return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
+# Numbers held at once (similarities, class scores): 32 Mi, up to 256 MiB, whatever the sizes of the two sets.
+MAX_NUMBERS = 2**25
 
 
 def knn_accuracy(
@@ -62,15 +27,16 @@ def knn_accuracy(
     Args:
         train: features with labels of N images.
         test: features with labels of M images.
-        k: size of the neighbourhood.
+        k: size of the neighbourhood; beyond N it counts as N.
         temperature: of the softmax over similarities.
         device: where similarities are computed.
 
     Returns:
         `{"knn_top1": 87.2, "knn_top5": 98.1}` in percent; top 5: the class is among the five with the most votes.
+        Where fewer have any, `torch.topk` fills up with classes that have none, as in the original implementation.
 
     Raises:
-        ValueError: if labels are missing or k is below 1.
+        ValueError: if labels are missing, or k or the temperature is not positive.
     """
     return knn_accuracies(train, test, [k], temperature, device)[k]
 
@@ -87,14 +53,92 @@ def knn_accuracies(
         raise ValueError("kNN needs labels of both the training and the test images.")
     if min(ks) < 1:
         raise ValueError(f"k {min(ks)} is not a number of neighbours; use 1 or more.")
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} is not positive; 0.07 is usual.")
+    similarity, index = nearest_neighbours(train.cls, test.cls, max(ks), device)  # (M, K), (M, K)
+    votes = train.labels[index]  # (M, K)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    train_cls, train_labels = train.cls.to(device), train.labels.to(device)  # (N, D), (N,)
-    rows = max(1, MAX_NUMBERS // max(len(train_cls), num_classes * len(ks)))  # m
+    rows = max(1, MAX_NUMBERS // (num_classes * len(ks)))
 
     hits = {k: torch.zeros(2, dtype=torch.int64) for k in ks}  # top 1, top 5
-    for test_cls, labels in zip(test.cls.split(rows), test.labels.split(rows), strict=True):  # (m, D), (m,)
-        scores = knn_class_scores(train_cls, train_labels, test_cls.to(device), num_classes, ks, temperature)
+    parts = zip(similarity.split(rows), votes.split(rows), test.labels.split(rows), strict=True)
+    for part_similarity, part_votes, labels in parts:
+        scores = class_scores(part_similarity, part_votes, num_classes, ks, temperature)
         for k in ks:
-            best = scores[k].topk(min(5, num_classes), dim=-1).indices.cpu() == labels[:, None]  # (m, 5)
+            best = scores[k].topk(min(5, num_classes), dim=-1).indices == labels[:, None]  # (rows, 5)
             hits[k] += torch.stack([best[:, 0].sum(), best.any(dim=-1).sum()])
     return {k: {f"knn_top{n}": 100 * int(hits[k][i]) / len(test.cls) for i, n in enumerate((1, 5))} for k in ks}
+
+
+def nearest_neighbours(
+    train_cls: Tensor, test_cls: Tensor, k: int, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    r"""The k training images of largest cosine similarity to each test image, found by comparing with all of them.
+
+    Features of a network that starts with LayerScale 1e-5 differ from image to image by that much, their cosines by
+    1e-10: beside 1, float32 cannot hold the difference, and a search by plain dot products would return noise. So the
+    unit vectors x and y are taken relative to their mean c over the training images, a = x - c and b = y - c, in
+
+    $$ \cos(x, y) = a \cdot b + c \cdot b + (c \cdot a + c \cdot c), $$
+
+    where the bracket is the same for all neighbours of an image. It is the same number as ever, rounded later.
+
+    Args:
+        train_cls: features (N, D) of any length.
+        test_cls: features (M, D) of any length.
+        k: number of neighbours; beyond N it counts as N.
+        device: where the search runs; everything else runs on the CPU.
+
+    Returns:
+        Cosine similarities, float64 (M, min(k, N)), most similar first, and the rows of the neighbours in `train_cls`,
+        int64 (M, min(k, N)); both on the CPU.
+    """
+    rows = max(1, MAX_NUMBERS // max(train_cls.shape))
+    centre = torch.stack([_unit(part).sum(dim=0) for part in train_cls.split(rows)]).sum(dim=0) / len(
+        train_cls
+    )  # (D,)
+    offset, neighbours = [], []
+    for part in train_cls.split(rows):
+        b = _unit(part) - centre  # (rows, D)
+        offset.append((b @ centre).float().to(device))
+        neighbours.append(b.float().to(device))
+    all_offset, all_neighbours = torch.cat(offset), torch.cat(neighbours)  # (N,), (N, D)
+
+    similarity, index = [], []
+    for part in test_cls.split(rows):
+        a = _unit(part) - centre  # (rows, D)
+        products = torch.addmm(all_offset, a.float().to(device), all_neighbours.T)  # (rows, N)
+        best = products.topk(min(k, len(train_cls)), dim=-1)
+        similarity.append(best.values.cpu().double() + (a @ centre + centre @ centre)[:, None])
+        index.append(best.indices.cpu())
+    return torch.cat(similarity), torch.cat(index)
+
+
+def class_scores(
+    similarity: Tensor, votes: Tensor, num_classes: int, ks: Sequence[int], temperature: float = 0.07
+) -> dict[int, Tensor]:
+    r"""What the nearest training images vote for each test image.
+
+    $$ \mathrm{score}_k(x, c) = \sum_{i \in \mathrm{NN}_k(x)} [y_i = c]\;
+       \frac{\exp(\cos(x, x_i) / \tau)}{\sum_{j \in \mathrm{NN}_K(x)} \exp(\cos(x, x_j) / \tau)} $$
+
+    The weights are a softmax over all K neighbours and are not renormalised for a smaller k, which changes its scores
+    but not their order.
+
+    Args:
+        similarity: of the neighbours, (M, K), most similar first.
+        votes: their classes, int64 (M, K).
+        num_classes: C.
+        ks: sizes of the neighbourhood; beyond K they count as K.
+        temperature: $\tau$.
+
+    Returns:
+        For each k, scores (M, C).
+    """
+    weights = torch.softmax(similarity / temperature, dim=-1)  # (M, K)
+    empty = similarity.new_zeros(len(similarity), num_classes)  # (M, C)
+    return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
+
+
+def _unit(cls: Tensor) -> Tensor:
+    return normalize(cls.double(), dim=-1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dinov3_hf.viz.canvas import contact_sheet, enlarge, stack
+from dinov3_hf.viz.sheet import Pair, contact_sheet
 
 
 def pca_colors(patches: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -30,14 +30,16 @@ def pca_colors(patches: Sequence[np.ndarray]) -> list[np.ndarray]:
     if dim < 3:
         raise ValueError(f"three colours need at least 3 features a patch; these have {dim}.")
     rows = np.concatenate([image.reshape(-1, dim) for image in patches]).astype(np.float64)  # (S, D)
+    # Differences that float32 features cannot hold are none: equal patches get equal colours, not amplified rounding.
+    resolution = np.finfo(np.float32).eps * np.linalg.norm(rows, axis=-1).mean()
     rows -= rows.mean(axis=0)
     _, directions = np.linalg.eigh(rows.T @ rows)  # (D, D), columns by ascending variance
     directions = directions[:, :-4:-1]  # (D, 3)
-    # The sign of a component is arbitrary: a fixed rule makes the picture repeatable.
-    directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(3)])
     components = rows @ directions  # (S, 3)
+    # The sign of a component is arbitrary; with this one few patches are bright among many dark ones, not the reverse.
+    components *= np.where((components**3).sum(axis=0) < 0, -1, 1)
     low, high = np.percentile(components, [1, 99], axis=0)  # (3,), (3,)
-    scaled = (components - low) / np.maximum(high - low, 1e-12)
+    scaled = (components - low) / np.maximum(high - low, resolution)
     colors = (scaled.clip(0, 1) * 255).round().astype(np.uint8)  # (S, 3)
     ends = np.cumsum([image.shape[0] * image.shape[1] for image in patches])
     parts = np.split(colors, ends[:-1])
@@ -45,15 +47,10 @@ def pca_colors(patches: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def pca_figure(pictures: Sequence[Image.Image], patches: Sequence[np.ndarray]) -> Image.Image:
-    """A contact sheet of pictures, each above the colours of its patches.
+    """A sheet of pictures, each with the colours of its patches.
 
     Args:
         pictures: RGB pictures.
         patches: of each picture, features (h, w, D).
     """
-    height = 320 if len(pictures) <= 4 else 160 if len(pictures) <= 12 else 112
-    pairs = [
-        stack([enlarge(picture, height), enlarge(Image.fromarray(colors), height)])
-        for picture, colors in zip(pictures, pca_colors(patches), strict=True)
-    ]
-    return contact_sheet(pairs)
+    return contact_sheet([Pair(*pair) for pair in zip(pictures, pca_colors(patches), strict=True)])

@@ -1,77 +1,104 @@
-"""How alike one patch of an image and all its others are.
+"""How alike one patch and all others are, in the same picture and in further ones.
 
-Letters: h*w patches of the image, D features.
+Letters: h*w patches of a picture, D features.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dinov3_hf.viz.canvas import BACKGROUND, contact_sheet, enlarge, heat_colors, stack
+from dinov3_hf.viz.sheet import BACKGROUND, MARGIN, Pair, contact_sheet, join
 
-HEIGHT = 448
+# Black over violet and red to pale yellow, equally spaced on [0, 1]: lightness rises evenly, so it also reads in grey.
+_HEAT = np.array(
+    [
+        (0, 0, 4),
+        (29, 17, 71),
+        (81, 18, 124),
+        (131, 38, 129),
+        (183, 55, 121),
+        (231, 82, 99),
+        (252, 137, 97),
+        (254, 196, 136),
+        (252, 253, 191),
+    ]
+)
 
 
-def cosine_map(patches: np.ndarray, row: int, column: int) -> np.ndarray:
-    """Cosine similarity of the patch at (`row`, `column`) with every patch.
+def heat_colors(values: np.ndarray) -> np.ndarray:
+    """Colours, uint8 (..., 3), of `values` (...) in [0, 1]."""
+    anchors = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, anchors, _HEAT[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def cosine_maps(patches: Sequence[np.ndarray], row: int, column: int) -> list[np.ndarray]:
+    """Cosine similarity of one patch of the first picture with every patch of every picture.
 
     Args:
-        patches: features (h, w, D).
-        row: from 0 at the top.
-        column: from 0 at the left.
+        patches: of each picture, features (h, w, D).
+        row: of the patch, from 0 at the top.
+        column: of the patch, from 0 at the left.
 
     Returns:
-        (h, w) in [-1, 1]; 1 at the patch itself.
+        Of each picture, float64 (h, w) in [-1, 1]; in the first, 1 at the patch itself.
 
     Raises:
         ValueError: if the patch is outside the grid.
     """
-    h, w, _ = patches.shape
+    h, w, _ = patches[0].shape
     if not (0 <= row < h and 0 <= column < w):
-        raise ValueError(f"patch {row},{column} is outside the grid: rows are 0 to {h - 1}, columns 0 to {w - 1}.")
-    unit = patches / np.linalg.norm(patches, axis=-1, keepdims=True).clip(1e-12)  # (h, w, D)
-    return (unit @ unit[row, column]).clip(-1, 1)  # (h, w)
+        raise ValueError(f"patch {row},{column} is outside the grid; use rows 0 to {h - 1} and columns 0 to {w - 1}.")
+    # Not in float32, which cannot tell the cosines of an untrained network from 1.
+    units = [_unit(picture.astype(np.float64)) for picture in patches]  # (h, w, D) each
+    return [(unit @ units[0][row, column]).clip(-1, 1) for unit in units]
 
 
-def similarity_figure(picture: Image.Image, patches: np.ndarray, row: int, column: int) -> Image.Image:
-    """The picture with one patch framed, the map of cosines with it, and the scale of the map's colours.
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
+
+
+def similarity_figure(
+    pictures: Sequence[Image.Image], patches: Sequence[np.ndarray], row: int, column: int
+) -> Image.Image:
+    """Pictures with maps of the cosines with one patch of the first, which is framed, and the scale of their colours.
 
     Args:
-        picture: an RGB picture.
-        patches: its features (h, w, D).
+        pictures: RGB pictures.
+        patches: of each picture, features (h, w, D).
         row: of the patch, from 0 at the top.
         column: of the patch, from 0 at the left.
 
     Raises:
         ValueError: if the patch is outside the grid.
     """
-    cosines = cosine_map(patches, row, column)  # (h, w)
-    low = min(float(cosines.min()), 1 - 1e-6)
-    heat = Image.fromarray(heat_colors((cosines - low) / (1 - low)))
-    panels = [enlarge(picture, HEIGHT), enlarge(heat, HEIGHT).resize(enlarge(picture, HEIGHT).size)]
-    for panel in panels:
-        _frame_patch(panel, cosines.shape, row, column)
-    return contact_sheet([stack([*panels, _scale(low)], horizontal=True)])
+    cosines = cosine_maps(patches, row, column)  # (h, w) each
+    low = min(1 - 1e-12, *(float(cosine.min()) for cosine in cosines))  # never 1, where the scale would have no length
+    pairs = [
+        Pair(picture, heat_colors((cosine - low) / (1 - low)), framed=None if i else (row, column))
+        for i, (picture, cosine) in enumerate(zip(pictures, cosines, strict=True))
+    ]
+    sheet = contact_sheet(pairs)
+    return join([sheet, _scale(low, sheet.height)], gap=0, horizontal=True)
 
 
-def _frame_patch(panel: Image.Image, grid: tuple[int, ...], row: int, column: int) -> None:
-    """Draw a white frame with a dark rim around one patch, visible on any picture."""
-    height, width = panel.height / grid[0], panel.width / grid[1]
-    left, top, right, bottom = column * width, row * height, (column + 1) * width, (row + 1) * height
-    draw = ImageDraw.Draw(panel)
-    for margin, color in ((3, "black"), (2, "white"), (1, "white"), (0, "black")):
-        draw.rectangle((left - margin, top - margin, right + margin - 1, bottom + margin - 1), outline=color)
-
-
-def _scale(low: float) -> Image.Image:
-    """A bar with the colours of cosines from `low` (bottom) to 1 (top), and their values beside it."""
-    bar_width, text_width, ticks = 16, 48, 5
-    scale = Image.new("RGB", (bar_width + text_width, HEIGHT), BACKGROUND)
-    bar = heat_colors(np.linspace(1, 0, HEIGHT)[:, None].repeat(bar_width, axis=1))
-    scale.paste(Image.fromarray(bar), (0, 0))
+def _scale(low: float, height: int) -> Image.Image:
+    """A bar with the colours of cosines from `low` (bottom) to 1 (top), round values beside it, and its name."""
+    bar_width, tick_width, text_size = 18, 6, 16
+    font = ImageFont.load_default(size=text_size)
+    top, bottom = 2 * text_size + MARGIN, height - MARGIN
+    decimals, step = next((n, s) for n in range(13, -1, -1) for s in (1, 2, 5) if s * 10**-n >= (1 - low) / 6)
+    values = [1 - i * step * 10**-decimals for i in range(7) if 1 - i * step * 10**-decimals >= low]
+    texts = [f"{value:.{decimals}f}" for value in values]
+    width = max(font.getlength(text) for text in ["cosine", *texts])
+    scale = Image.new("RGB", (round(bar_width + 2 * tick_width + width) + MARGIN, height), BACKGROUND)
+    bar = heat_colors(np.linspace(1, 0, bottom - top)[:, None].repeat(bar_width, axis=1))
+    scale.paste(Image.fromarray(bar), (0, top))
     draw = ImageDraw.Draw(scale)
-    font = ImageFont.load_default(size=14)
-    for tick in np.linspace(0, 1, ticks):
-        y = (1 - tick) * (HEIGHT - 1)
-        anchor = "la" if tick == 1 else "ld" if tick == 0 else "lm"
-        draw.text((bar_width + 6, y), f"{low + tick * (1 - low):.2f}", fill="black", font=font, anchor=anchor)
+    draw.text((0, MARGIN), "cosine", fill="black", font=font)
+    for text, value in zip(texts, values, strict=True):
+        y = top + (1 - value) / (1 - low) * (bottom - top - 1)
+        draw.line((bar_width, y, bar_width + tick_width, y), fill="black")
+        draw.text((bar_width + 2 * tick_width, y), text, fill="black", font=font, anchor="lm")
     return scale

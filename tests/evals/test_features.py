@@ -1,0 +1,197 @@
+"""Features are those of the model, of every family, however the images are fed; bad input gets a clear line."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torchvision.transforms import v2
+
+from dinov3_hf.evals.features import (
+    Features,
+    ImageList,
+    center_crop,
+    check_divisible,
+    extract_features,
+    input_size,
+    load_model,
+    patch_grid,
+)
+from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
+from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from tests.testing_utils import save_tiny_vit
+
+
+def pictures(count=5, size=(40, 48), seed=0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, size[1], size[0], 3), dtype=np.uint8))
+
+
+def tiny_stock_model(family: str) -> transformers.PreTrainedModel:
+    vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    if family == "dinov3_vit":
+        config = transformers.DINOv3ViTConfig(**vit, intermediate_size=32, num_register_tokens=3)
+        return transformers.DINOv3ViTModel(config)
+    if family == "dinov2":
+        return transformers.Dinov2Model(transformers.Dinov2Config(**vit))
+    if family == "dinov3_convnext":
+        config = transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])
+        return transformers.DINOv3ConvNextModel(config)
+    return transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+
+
+@pytest.mark.parametrize("family", ["dinov3_vit", "dinov2", "dinov3_convnext", "resnet"])
+def test_models_saved_by_transformers(family, tmp_path):
+    stock = tiny_stock_model(family).eval()
+    stock.save_pretrained(tmp_path)
+    build_image_processor(image_size=32).save_pretrained(tmp_path)
+    model, processor = load_model(str(tmp_path))
+    assert isinstance(model, DINOv3ViTModel if family == "dinov3_vit" else type(stock))
+    features = extract_features(model, ImageList(pictures()), processor, labels=[0, 1, 0, 1, 1])
+    with torch.no_grad():
+        expected = stock(**processor(pictures(), return_tensors="pt")).pooler_output.flatten(1)
+    torch.testing.assert_close(features.cls, expected, rtol=1e-5, atol=1e-5)
+    assert features.labels.tolist() == [0, 1, 0, 1, 1]
+    assert features.patches is None
+
+
+def test_patches_leave_out_registers_and_keep_their_places(tmp_path):
+    model = save_tiny_vit(tmp_path)
+    loaded, processor = load_model(str(tmp_path))
+    features = extract_features(loaded, ImageList(pictures()), processor, size=(24, 40), with_patches=True)
+    pixels = processor(pictures(), size={"height": 24, "width": 40}, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).last_hidden_state  # CLS, 2 registers, 3 x 5 patches
+    assert features.grid == (3, 5)
+    torch.testing.assert_close(features.cls, expected[:, 0])
+    torch.testing.assert_close(features.patches, expected[:, 3:])
+    torch.testing.assert_close(features.patch_maps()[:, 1, 2], expected[:, 3 + 1 * 5 + 2])
+    with pytest.raises(ValueError, match="no patches; ask extract_features for them"):
+        Features(features.cls).patch_maps()
+
+
+def test_grey_models(tmp_path):
+    save_tiny_vit(tmp_path, num_channels=1)
+    model, processor = load_model(str(tmp_path))
+    grey = [picture[..., :1] for picture in pictures()]
+    from_arrays = extract_features(model, ImageList(grey), processor).cls
+    from_pil = extract_features(
+        model, ImageList([Image.fromarray(picture[..., 0]) for picture in grey]), processor
+    ).cls
+    torch.testing.assert_close(from_arrays, from_pil, rtol=0, atol=0)
+    assert from_arrays.std(dim=0).max() > 0
+    # An image one pixel high could be taken for one with its channels first.
+    assert extract_features(model, ImageList([np.zeros((1, 8, 1), np.uint8)]), processor).cls.shape == (1, 24)
+
+
+def test_batches_and_workers_change_nothing(tmp_path):
+    save_tiny_vit(tmp_path)
+    model, processor = load_model(str(tmp_path))
+    images = ImageList(pictures())
+    expected = extract_features(model, images, processor).cls
+    for settings in ({"batch_size": 2}, {"batch_size": 2, "num_workers": 2}):
+        torch.testing.assert_close(extract_features(model, images, processor, **settings).cls, expected)
+    rounded = extract_features(model, images, processor, bf16=True).cls
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, expected)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_mode_is_for_the_while(training, tmp_path):
+    """In training mode even a frozen network draws random RoPE scales."""
+    save_tiny_vit(tmp_path, pos_embed_rescale=2.0, drop_path_rate=0.5)
+    model, processor = load_model(str(tmp_path))
+    model.train(training)
+    first, second = (extract_features(model, ImageList(pictures()), processor).cls for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training is training
+
+
+def test_center_crop_is_resize_and_crop_of_torchvision():
+    for size in ((300, 200), (200, 333), (50, 50)):
+        picture = Image.fromarray(pictures(1, size)[0])
+        usual = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+        ours, theirs = (np.asarray(image, dtype=float) for image in (center_crop(picture, 224), usual(picture)))
+        assert ours.shape == theirs.shape == (224, 224, 3)
+        assert np.abs(ours - theirs).mean() < 3  # the long side is rounded, there it is cut
+    assert center_crop(pictures(1)[0], 32).size == (32, 32)
+    assert center_crop(np.zeros((9, 7, 1), np.uint8), 14).mode == "L"
+
+
+def test_input_size():
+    assert input_size(build_image_processor(image_size=48)) == 48
+    crop = transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    assert input_size(crop) == 224
+    with pytest.raises(ValueError, match="not square; give the size"):
+        input_size(build_image_processor(size={"height": 32, "width": 48}))
+
+
+def test_sizes_that_do_not_divide(tmp_path):
+    model = save_tiny_vit(tmp_path)
+    assert patch_grid(model, 32, 48) == (4, 6)
+    for size, remedy in ((30, "use 24 or 32"), (3, "use 8"), (0, "use 8")):
+        with pytest.raises(ValueError, match=f"image size {size} is not a multiple of the patch size 8; {remedy}"):
+            check_divisible(size, 8)
+    _, processor = load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="image size 20 is not a multiple"):
+        extract_features(model, ImageList(pictures()), processor, size=20)
+
+
+class Unreadable:
+    """Images of which the fourth cannot be read."""
+
+    def __len__(self):
+        return 6
+
+    def image(self, i):
+        if i == 3:
+            raise ValueError("cannot read image 3")
+        return pictures(1)[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_named_in_one_line(num_workers, tmp_path):
+    model = save_tiny_vit(tmp_path)
+    _, processor = load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^cannot read image 3$"):
+        extract_features(model, Unreadable(), processor, batch_size=2, num_workers=num_workers)
+
+
+def test_images_that_do_not_fit(tmp_path):
+    model = save_tiny_vit(tmp_path, num_channels=1)
+    _, processor = load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="there are no images"):
+        extract_features(model, ImageList([]), processor)
+    with pytest.raises(ValueError, match="5 images have 2 labels"):
+        extract_features(model, ImageList(pictures()), processor, labels=[0, 1])
+    with pytest.raises(ValueError, match="makes images of 3 channels, and the model takes 1"):
+        extract_features(model, ImageList(pictures()), build_image_processor(image_size=32))
+    convnext = tiny_stock_model("dinov3_convnext")
+    with pytest.raises(ValueError, match="model of type dinov3_convnext has no patches of one size"):
+        extract_features(convnext, ImageList(pictures()), build_image_processor(image_size=32), with_patches=True)
+
+
+def test_folders_that_are_no_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_vit(tmp_path / "run" / "teacher")
+    save_tiny_vit(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(FileNotFoundError, match=r"run is no model folder .*; give run/teacher\.$"):
+        load_model("run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"empty is no model folder .*; give a folder that save_pretrained wrote"
+    ):
+        load_model("empty")
+    for name in ("nowhere", "run/nothing", "./a/b", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"there is no model folder {name}; give one, or the OWNER/NAME"):
+            load_model(name)
+    with pytest.raises(FileNotFoundError, match="there is no folder owner/name, and as a Hub repository it fails"):
+        load_model("owner/name")
+
+
+def test_a_damaged_model_is_named(tmp_path):
+    save_tiny_vit(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"the weights of .* cannot be read .*; copy or download them again"):
+        load_model(str(tmp_path))
