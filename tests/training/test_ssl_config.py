@@ -118,7 +118,7 @@ def test_views_and_masks_follow_the_recipe(tmp_path):
 
 @pytest.mark.parametrize(("wanted", "micro", "accumulation"), [(None, 8, 1), (8, 8, 1), (2, 2, 4), (1, 1, 8)])
 def test_accumulation_follows_from_the_batch(tmp_path, wanted, micro, accumulation):
-    config = tiny(tmp_path, per_device_train_batch_size=wanted)
+    config = tiny(tmp_path, per_device_train_batch_size=wanted, koleo_group_size=micro)
     assert config.per_device_train_batch_size == config.train_batch_size == micro
     assert config.gradient_accumulation_steps == accumulation
 
@@ -240,6 +240,7 @@ def test_arguments_that_cannot_be_parsed(tmp_path, fields, message):
         ({"per_device_train_batch_size": 3}, r"per_device_train_batch_size 3 does not divide the 8 images .* 2 or 4"),
         ({"koleo_group_size": 3}, r"koleo_group_size 3 does not divide the 8 images"),
         ({"per_device_train_batch_size": 2, "koleo_group_size": 4}, r"does not divide the 2 images of one forward"),
+        ({"per_device_train_batch_size": 2}, r"koleo_group_size null .* sees 2 of its 8 images; set koleo_group_size"),
         ({"max_steps": -1}, r"max_steps -1 is not positive"),
         ({"lr_schedule": {"start": 0, "peak": 1, "warmup_steps": 20}}, r"warmup_steps 20 is longer than the run"),
         ({"mask_ratio": [0.5, 0.1]}, r"mask_ratio \[0.5, 0.1\] must be a smaller and a larger share"),
@@ -267,7 +268,7 @@ def test_local_crops_that_are_not_cut_may_have_any_size(tmp_path):
     "fields",
     [
         {},
-        {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no"},
+        {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "koleo_group_size": 2, "save_strategy": "no"},
         {"lr_schedule": {"start": 0, "peak": 1, "warmup_steps": 3, "style": "dinov2"}, "precision": "fp32"},
         {"report_to": ["none"], "run_name": "1e-4", "local_loss_weight_schedule": {"peak": 1, "end": 0.5}},
         {"gradient_checkpointing": True, "mask_ratio": (0.1, 0.3), "koleo_group_size": 4},
