@@ -34,9 +34,9 @@ class CollapseWarningCallback(TrainerCallback):
     """
     Warns when the teacher gives nearly all images, or all masked patches, to a handful of prototypes.
 
-    One warning a head for each time that `prototypes/*_entropy` falls below the threshold. A network that starts with a
-    small LayerScale sees no difference between images yet: until a tenth of the run is over, low values count only
-    once they have been higher.
+    One warning a head for each time that `prototypes/*_entropy` falls below the threshold. A network that starts
+    with a small LayerScale sees no difference between images yet: until a tenth of the run is over, low values count
+    only once they have been higher.
     """
 
     threshold = 0.1

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -227,7 +226,7 @@ class SSLTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.args.recipe(), sort_keys=False))
+        self.args.save_yaml(folder / "recipe.yaml")
         self.save_teacher(folder / "teacher")
 
     def save_teacher(self, folder: Path) -> None:
@@ -235,11 +234,12 @@ class SSLTrainer(Trainer):
         save_teacher_folder(self.model.teacher, self.args, folder, facts=self._facts())
 
     def _facts(self) -> dict[str, object]:
+        args = self.args
         facts: dict[str, object] = {
-            "images seen": f"{self.state.global_step * self.args.global_batch_size:,}",
+            "images seen": f"{self.state.global_step * args.global_batch_size:,}",
             "optimizer steps": f"{self.state.global_step:,}",
-            "global batch": self.args.global_batch_size,
-            "crops": f"2 x {self.args.global_crop_size} px, {self.args.num_local_crops} x {self.args.local_crop_size} px",
+            "global batch": args.global_batch_size,
+            "crops": f"2 x {args.global_crop_size} px, {args.num_local_crops} x {args.local_crop_size} px",
         }
         for entry in reversed(self.state.log_history):
             if "eval_knn_top1" in entry:

@@ -40,7 +40,9 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path, fact
     config = teacher.backbone.config
     write_model_card(
         folder,
-        architecture=f"ViT, {config.num_hidden_layers} blocks of width {config.hidden_size}, patch {config.patch_size},",
+        architecture=(
+            f"ViT, {config.num_hidden_layers} blocks of width {config.hidden_size}, patch {config.patch_size},"
+        ),
         num_parameters=sum(parameter.numel() for parameter in teacher.backbone.parameters()),
         num_registers=config.num_register_tokens,
         facts=facts,
