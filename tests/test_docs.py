@@ -1,71 +1,83 @@
-"""What the pages of `docs/` show is true: recipes parse, commands are understood, the example in Python runs."""
+"""The documentation names what exists: functions, recipe fields, pages."""
 
+import importlib
+import inspect
 import re
-import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
-import typer
 
-from dinov3_hf.cli.main import build_app
-from dinov3_hf.recipes.pages import parse_yaml
-from dinov3_hf.training.arguments import merge_fields, parse_arguments
+import dinov3_hf
+from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import PROTOTYPE_HEAD_DEFAULTS
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
+from dinov3_hf.objectives.gram import gram_loss
+from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.training.ssl_config import SSLConfig
-from tests.testing_utils import REPOSITORY, require_package
+from tests.testing_utils import FIXTURES, REPOSITORY
 
-PAGES = {page.name: page.read_text() for page in sorted((REPOSITORY / "docs").rglob("*.md"))}
-
-
-def blocks(language: str) -> list[str]:
-    return [block for text in PAGES.values() for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
-
-
-def commands(program: str) -> list[str]:
-    """What follows `program` in the commands of all pages."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [line.partition(f"{program} ")[2] for line in lines if f"{program} " in line]
+DOCS = REPOSITORY / "docs"
+PACKAGE = Path(dinov3_hf.__path__[0])
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("_"))
+DOTTED = re.compile(rf"`(?:dinov3_hf\.)?((?:{'|'.join(ROOMS)})\.[\w.]+)`")
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+PAPER_INDEX = DOCS / "paper_index.md"
+SSL_STEP = DOCS / "concepts" / "ssl_step.md"
 
 
-@pytest.mark.parametrize("recipe", blocks("yaml"))
-def test_recipes_and_their_fragments_parse(recipe):
-    fields = parse_yaml(recipe, "a page")
-    SSLConfig(**merge_fields(SSLConfig, "of a page", fields, []))
+def resolve(name: str) -> Any:
+    """What `room.module.Class.attribute` of the package is."""
+    parts = name.split(".")
+    for split in range(len(parts), 0, -1):
+        path = PACKAGE.joinpath(*parts[:split])
+        if path.with_suffix(".py").is_file() or path.is_dir():
+            found = importlib.import_module(".".join(["dinov3_hf", *parts[:split]]))
+            for attribute in parts[split:]:
+                found = getattr(found, attribute)
+            return found
+    raise ModuleNotFoundError(name)
 
 
-def test_training_commands_are_understood(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_photos.yaml").write_text(blocks("yaml")[0])
-    for words in map(shlex.split, commands("training_scripts/pretrain.py")):
-        if not {"RECIPE", "--help"} & set(words):
-            parse_arguments(SSLConfig, words)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_names_of_code_resolve(page):
+    for name in DOTTED.findall(page.read_text()):
+        resolve(name)
 
 
-def test_every_recipe_is_described():
-    described = set(re.findall(r"^\| `(\w+)` \|", PAGES["training.md"].partition("## A recipe")[0], re.MULTILINE))
-    assert described == {page.stem for page in (REPOSITORY / "src" / "dinov3_hf" / "recipes").glob("*.yaml")}
+def test_every_line_of_the_paper_index_names_code():
+    lines = [line for line in PAPER_INDEX.read_text().splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not line.startswith(("|---", "| where", "| paper"))]
+    assert len(rows) > 20
+    assert [row for row in rows if not DOTTED.search(row)] == []
 
 
-def parse(command, words: list[str], parent=None) -> None:
-    """Reads a command line as `dinov3-hf` does, down to the last option, and runs nothing."""
-    context = command.make_context(command.name, words, parent=parent)
-    if isinstance(command, typer.core.TyperGroup):
-        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        parse(inner, rest, context)
+def test_every_objective_is_in_the_paper_index_and_in_the_step():
+    for module in sorted((PACKAGE / "objectives").glob("*.py")):
+        for name in re.findall(r"^def ([a-z]\w*)\(", module.read_text(), flags=re.MULTILINE):
+            if name != "prototype_entropy":  # a measurement, of no paper
+                for page in (PAPER_INDEX, SSL_STEP):
+                    assert f"objectives.{module.stem}.{name}`" in page.read_text(), (page.name, name)
 
 
-@pytest.mark.parametrize("line", commands("dinov3-hf"))
-def test_commands_are_understood(line):
-    words = shlex.split(line)
-    app = typer.main.get_command(build_app(words[0]))
-    if "--help" in words:
-        with pytest.raises(typer.Exit):
-            parse(app, words)
-    else:
-        parse(app, words)
+def test_fields_in_the_step_exist():
+    known = {field.name for config in (SSLConfig, Schedule) for field in fields(config)}
+    known |= set(PROTOTYPE_HEAD_DEFAULTS) | set(inspect.signature(DINOv3ViTConfig).parameters)
+    known |= set(inspect.signature(gram_loss).parameters) | set(dir(DINOv3ForPreTraining))
+    known |= {folder.name for folder in FIXTURES.rglob("*") if folder.is_dir()}
+    known |= {"dinov3_hf", "last_layer", "code", "end", "null", "loss"}  # the package, a parameter, words
+    # Dotted names and paths are no fields, nor are names in capitals.
+    words = re.findall(r"`([a-z]\w*)(?:: \w[\w.]*|=\"\w+\")?`", SSL_STEP.read_text())
+    assert len(words) > 30
+    assert sorted(set(words) - known) == []
 
 
-@require_package("sklearn")
-def test_the_example_in_python_runs(tmp_path, monkeypatch):
-    [example] = [block for block in blocks("python") if "SSLTrainer" in block]
-    monkeypatch.chdir(tmp_path)
-    exec(example, {})
-    assert (tmp_path / "runs" / "python" / "checkpoint-4" / "teacher" / "model.safetensors").is_file()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]*)(?:#[^)]*)?\)", page.read_text()):
+        assert not target or (page.parent / target).exists(), target
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
