@@ -4,8 +4,10 @@ What `transformers` itself opens stays as it is: `AutoModel` on a folder or Hub 
 the class of transformers, unless `register_auto_classes(override_native=True)` was called.
 """
 
-from transformers import AutoBackbone, AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForPreTraining
 
+from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import (
     NATIVE_MODEL_TYPE,
     STOCK_MODEL_TYPE,
@@ -32,6 +34,8 @@ def register_auto_classes(override_native: bool = False) -> None:
         AutoConfig.register(NATIVE_MODEL_TYPE, DINOv3ViTNativeConfig)
         AutoModel.register(DINOv3ViTNativeConfig, DINOv3ViTNativeModel)
         AutoBackbone.register(DINOv3ViTNativeConfig, DINOv3ViTNativeBackbone)
+        AutoConfig.register(DINOv3PreTrainingConfig.model_type, DINOv3PreTrainingConfig)
+        AutoModelForPreTraining.register(DINOv3PreTrainingConfig, DINOv3ForPreTraining)
         # Our configuration has the name of the one in transformers, which looks classes up by name where it finds no
         # entry: without these entries `from_config` would build that class. Its own configuration is not touched.
         AutoModel.register(DINOv3ViTConfig, DINOv3ViTModel, exist_ok=True)

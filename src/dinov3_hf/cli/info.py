@@ -40,9 +40,13 @@ PACKAGES = {
 # What `dinov3_hf.auto` registers, which cannot be asked without torch: Auto class -> model type -> our class.
 # A test compares the two.
 REGISTERED = {
-    "AutoConfig": {"dinov3_vit_native": "DINOv3ViTNativeConfig"},
+    "AutoConfig": {
+        "dinov3_vit_native": "DINOv3ViTNativeConfig",
+        "dinov3_pretraining": "DINOv3PreTrainingConfig",
+    },
     "AutoModel": {"dinov3_vit_native": "DINOv3ViTNativeModel"},
     "AutoBackbone": {"dinov3_vit_native": "DINOv3ViTNativeBackbone"},
+    "AutoModelForPreTraining": {"dinov3_pretraining": "DINOv3ForPreTraining"},
 }
 
 

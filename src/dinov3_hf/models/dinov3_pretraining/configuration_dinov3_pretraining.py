@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_dict
 
@@ -48,6 +48,7 @@ class DINOv3PreTrainingConfig(PreTrainedConfig):
     """
 
     model_type = "dinov3_pretraining"
+    sub_configs = {"backbone_config": AutoConfig}  # the choice of attention reaches the backbone
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     dino_head: dict[str, Any] | None = None

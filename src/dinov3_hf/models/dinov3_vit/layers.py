@@ -99,15 +99,16 @@ class DINOv3ViTEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))  # (B, D, h, w)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, P, D)
+        # Under autocast the convolution returns bfloat16; the residual stream keeps the dtype of the weights.
+        patches = patches.flatten(2).transpose(1, 2).to(self.cls_token.dtype)  # (B, P, D)
         cls_token = self.cls_token
         if bool_masked_pos is not None:
-            patches = torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)  # (B, P, D)
+            patches = torch.where(bool_masked_pos[..., None], self.mask_token, patches)  # (B, P, D)
         elif self.training:
             cls_token = cls_token + 0 * self.mask_token  # a gradient of zero: DDP waits for every parameter's
         batch_size = patches.shape[0]
         prefix = torch.cat((cls_token, self.register_tokens), dim=1)  # (1, 1 + R, D)
-        return torch.cat((prefix.expand(batch_size, -1, -1).to(patches.dtype), patches), dim=1)  # (B, N, D)
+        return torch.cat((prefix.expand(batch_size, -1, -1), patches), dim=1)  # (B, N, D)
 
 
 class DINOv3ViTAttention(nn.Module):
@@ -137,7 +138,8 @@ class DINOv3ViTAttention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
         qkv = self.project_qkv(hidden_states)  # (T, 3D)
-        outputs, attentions = [], []
+        outputs: list[Tensor] = []
+        attentions: list[Tensor | None] = []
         parts = qkv.split([group.num_rows for group in groups])
         for part, group, (cos, sin) in zip(parts, groups, rotations, strict=True):
             part = part.view(*group, 3, self.num_heads, self.head_dim)  # (B, N, 3, A, d)
@@ -174,6 +176,8 @@ def is_plain_linear(projection: nn.Module) -> bool:
         and type(projection.weight) is nn.Parameter
         and not projection._forward_hooks
         and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
         and "forward" not in projection.__dict__
     )
 

@@ -145,7 +145,7 @@ class DINOv3ViTPreTrainedModel(PreTrainedModel):
         """
         # Some versions of transformers save the blocks of their class as `model.layer.N`.
         kwargs["key_mapping"] = {r"^model\.layer\.": "layer.", **(kwargs.get("key_mapping") or {})}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info", False) else loaded
         if model.config.untie_global_and_local_cls_norm:
             model._load_extras(pretrained_model_name_or_path, kwargs)
@@ -164,20 +164,6 @@ class DINOv3ViTPreTrainedModel(PreTrainedModel):
             )
             return
         self.load_state_dict(load_file(path), strict=False)
-
-    def set_num_channels(self, num_channels: int) -> None:
-        """
-        Let a trained network take images of another number of channels, by `convert_patch_embedding_channels`.
-
-        Grey images (1 channel) then give the features that they gave as RGB images of three equal channels.
-        """
-        convolution = self.embeddings.patch_embeddings
-        if num_channels == convolution.in_channels:
-            return
-        weight = convert_patch_embedding_channels(convolution.weight.detach(), num_channels)
-        convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
-        convolution.in_channels = num_channels
-        self.config.num_channels = num_channels
 
 
 def convert_patch_embedding_channels(weight: Tensor, num_channels: int) -> Tensor:
@@ -218,6 +204,20 @@ class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
     def patch_grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images (B, C, H, W)."""
         return pixel_values.shape[-2] // self.config.patch_size, pixel_values.shape[-1] // self.config.patch_size
+
+    def set_num_channels(self, num_channels: int) -> None:
+        """
+        Let a trained network take images of another number of channels, by `convert_patch_embedding_channels`.
+
+        Grey images (1 channel) then give the features that they gave as RGB images of three equal channels.
+        """
+        convolution = self.embeddings.patch_embeddings
+        if num_channels == convolution.in_channels:
+            return
+        weight = convert_patch_embedding_channels(convolution.weight.detach(), num_channels)
+        convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+        convolution.in_channels = num_channels
+        self.config.num_channels = num_channels
 
     def encode(
         self,
