@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov3_hf.cli.errors import run
+from dinov3_hf.cli.main import parse_and_run
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
@@ -86,3 +88,15 @@ def save_labelled_images(folder: Path, num_images: int = 10, size: tuple[int, in
         for i in range(num_images):
             pixels = rng.normal(brightness, 20, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
+
+
+def run_in_process(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, output and error output of `dinov3-hf ARGUMENTS`, run in this process."""
+    capsys.readouterr()
+    status: Any = 0
+    try:
+        run(parse_and_run, [str(argument) for argument in arguments])
+    except SystemExit as ended:
+        status = ended.code
+    printed = capsys.readouterr()
+    return status or 0, printed.out, printed.err
