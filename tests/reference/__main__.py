@@ -71,7 +71,7 @@ def _report(path: Path, is_named: bool, debug: bool) -> bool:
         _print(f"{name}: declined: {error}")
         return False
     except NotInThePackageYet as error:
-        _print(f"{name}: not in the package yet: {error}")
+        _print(f"{name}: {'MISS: ' if is_named else ''}not in the package yet: {error}")
         return is_named
     except UnknownKind as error:
         _print(f"{name}: MISS: unknown kind: {error}")
