@@ -1,4 +1,4 @@
-"""Paired timings: the candidates take turns in one process, so that whatever else the machine does hits all of them."""
+"""Paired timings: the candidates take turns in one process, so that what else the machine does hits all of them."""
 
 import platform
 import statistics

@@ -1,5 +1,7 @@
 """The prototype head that DINO and iBOT share: MLP -> L2 normalisation -> bias-free prototypes."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class PrototypeHead(nn.Module):
             raise ValueError(f"num_layers of a prototype head is {num_layers}; it must be at least 1.")
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out, bias=mlp_bias), nn.GELU()]
         layers.pop()  # no activation after the bottleneck
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
