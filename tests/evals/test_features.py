@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.transforms import v2
 
 from dinov3_hf.evals.features import (
@@ -94,6 +95,24 @@ def test_batches_and_workers_change_nothing(tmp_path):
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, expected)
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0.05)
+
+
+def test_tokens_of_past_batches_are_let_go(tmp_path):
+    save_tiny_vit(tmp_path)
+    model, processor = load_model(str(tmp_path))
+    tokens, held = [], []
+    model.register_forward_hook(
+        lambda module, args, output: tokens.append(StorageWeakRef(output.last_hidden_state.untyped_storage()))
+    )
+
+    class Watching(ImageList):
+        def image(self, i):
+            held.append(sum(not storage.expired() for storage in tokens))
+            return super().image(i)
+
+    extract_features(model, Watching(pictures()), processor, batch_size=1, with_patches=True)
+    assert len(tokens) == 5
+    assert max(held) == 1  # those of the batch before
 
 
 @pytest.mark.parametrize("training", [True, False])

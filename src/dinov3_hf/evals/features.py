@@ -218,11 +218,13 @@ def extract_features(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 output = model(pixel_values=pixel_values.to(model.device))
             tokens = output.last_hidden_state  # (B, T, D) or (B, D, h, w)
-            cls.append((tokens[:, 0] if tokens.ndim == 3 else output.pooler_output.flatten(1)).float().cpu())  # (B, D)
+            # Copies: a view would keep all tokens of the batch in memory.
+            pooled = tokens[:, 0] if tokens.ndim == 3 else output.pooler_output.flatten(1)  # (B, D)
+            cls.append(pooled.to("cpu", torch.float32, copy=True))
             if with_patches:
                 if grid is None:
                     raise ValueError(f"a model of type {model.config.model_type} has no patches of one size.")
-                patches.append(tokens[:, -grid[0] * grid[1] :].float().cpu())  # (B, P, D)
+                patches.append(tokens[:, -grid[0] * grid[1] :].to("cpu", torch.float32, copy=True))  # (B, P, D)
             bar.update(len(pixel_values))
     if with_patches:
         return Features(torch.cat(cls), targets, torch.cat(patches), grid)

@@ -88,8 +88,8 @@ def _scale(low: float, height: int) -> Image.Image:
     bar_width, tick_width, text_size = 18, 6, 16
     font = ImageFont.load_default(size=text_size)
     top, bottom = 2 * text_size + MARGIN, height - MARGIN
-    decimals, step = next((n, s) for n in range(13, -1, -1) for s in (1, 2, 5) if s * 10**-n >= (1 - low) / 6)
-    values = [1 - i * step * 10**-decimals for i in range(7) if 1 - i * step * 10**-decimals >= low]
+    decimals, step = next((n, s) for n in range(13, -1, -1) for s in (1, 2, 5) if s * 10**-n >= (1 - low) / 9)
+    values = [1 - i * step * 10**-decimals for i in range(10) if 1 - i * step * 10**-decimals >= low]
     texts = [f"{value:.{decimals}f}" for value in values]
     width = max(font.getlength(text) for text in ["cosine", *texts])
     scale = Image.new("RGB", (round(bar_width + 2 * tick_width + width) + MARGIN, height), BACKGROUND)
