@@ -12,6 +12,11 @@ from dinov3_hf.models.dinov3_vit.presets import PRESETS
 STOCK_MODEL_TYPE = "dinov3_vit"
 NATIVE_MODEL_TYPE = "dinov3_vit_native"
 
+# In the file of a network that transformers cannot represent, `rope_theta` stands under this name and is itself null.
+# A class of transformers that is given such a file by hand only warns about the model type, would load the weights
+# and compute something else; a null in this field it refuses.
+_NATIVE_ROPE_THETA = "native_rope_theta"
+
 NORM_TYPES = ("layernorm", "rmsnorm")
 COORDINATE_NORMALIZATIONS = ("separate", "min", "max")
 ROPE_DTYPES = ("float32", "bfloat16")
@@ -144,6 +149,9 @@ class DINOv3ViTConfig(BackboneConfigMixin, PreTrainedConfig):
     rope_augmentation_per_block: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        theta = kwargs.pop(_NATIVE_ROPE_THETA, None)
+        if theta is not None:
+            self.rope_theta = theta
         self.validate_architecture()
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
         self.set_output_features_output_indices(
@@ -250,8 +258,10 @@ class DINOv3ViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the `model_type` under which the network is to be opened."""
         fields = super().to_dict()
-        fields["model_type"] = STOCK_MODEL_TYPE if self.is_stock_representable else NATIVE_MODEL_TYPE
-        return fields
+        if self.is_stock_representable:
+            return {**fields, "model_type": STOCK_MODEL_TYPE}
+        theta = {_NATIVE_ROPE_THETA: self.rope_theta, "rope_theta": None}
+        return {**fields, **theta, "model_type": NATIVE_MODEL_TYPE}
 
     @classmethod
     def get_config_dict(
