@@ -1,5 +1,8 @@
 """Features are those of the model, of every family, however the images are fed; bad input gets a clear line."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +116,25 @@ def test_tokens_of_past_batches_are_let_go(tmp_path):
     extract_features(model, Watching(pictures()), processor, batch_size=1, with_patches=True)
     assert len(tokens) == 5
     assert max(held) == 1  # those of the batch before
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "progress", "shown"),
+    [(Terminal, "photos", True), (Terminal, None, False), (io.StringIO, "photos", False)],
+)
+def test_progress_is_for_terminals(stream, progress, shown, tmp_path, monkeypatch):
+    save_tiny_vit(tmp_path)
+    model, processor = load_model(str(tmp_path))
+    monkeypatch.setattr("sys.stderr", stream())
+    extract_features(model, ImageList(pictures()), processor, progress=progress)
+    text = sys.stderr.getvalue()
+    assert ("photos: 100%" in text and "5/5" in text and " images/s" in text) is shown
+    assert bool(text) is shown
 
 
 @pytest.mark.parametrize("training", [True, False])
