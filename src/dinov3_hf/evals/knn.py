@@ -94,9 +94,8 @@ def nearest_neighbours(
         int64 (M, min(k, N)); both on the CPU.
     """
     rows = max(1, MAX_NUMBERS // max(train_cls.shape))
-    centre = torch.stack([_unit(part).sum(dim=0) for part in train_cls.split(rows)]).sum(dim=0) / len(
-        train_cls
-    )  # (D,)
+    total = torch.stack([_unit(part).sum(dim=0) for part in train_cls.split(rows)]).sum(dim=0)  # (D,)
+    centre = total / len(train_cls)  # (D,)
     offset, neighbours = [], []
     for part in train_cls.split(rows):
         b = _unit(part) - centre  # (rows, D)
