@@ -137,12 +137,12 @@ def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens: (B, N, 2, A, d) queries and keys, in any dtype; they are rotated in the tables' dtype and cast back.
         cos, sin: (N, 1, 1, d) one table of `rotation_tables`.
     """
-    first, second = tokens.chunk(2, dim=-1)  # 2 x (B, N, 2, A, d/2)
-    swapped = torch.cat((second, first), dim=-1).to(cos.dtype)  # (B, N, 2, A, d)
-    # In place on copies, for speed. Not addcmul: each product is rounded to the tables' dtype, as in the original,
-    # which a bfloat16 table shows.
-    turned = tokens.to(cos.dtype, copy=True).mul_(cos)
-    return turned.add_(swapped.mul_(sin)).to(tokens.dtype)
+    # The cast stands before the split, so that gradients too add up in the tables' dtype, as in the original. Not
+    # addcmul, for the same reason: each product is rounded to that dtype, which a bfloat16 table shows.
+    working = tokens.to(cos.dtype)
+    first, second = working.chunk(2, dim=-1)  # 2 x (B, N, 2, A, d/2)
+    swapped = torch.cat((second, first), dim=-1)  # (B, N, 2, A, d)
+    return (working * cos).add_(swapped.mul_(sin)).to(tokens.dtype)
 
 
 def _rotation_tables(
