@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training import precision, recipe_config
 from dinov3_hf.training.batch_arithmetic import check_koleo_groups, micro_batch_size
 from dinov3_hf.training.field_types import own_annotations
@@ -94,6 +95,9 @@ def test_pretraining_config_carries_every_setting(tmp_path):
         assert getattr(built, name) == getattr(config, name)
     assert built.backbone_config.hidden_size == 16
     assert built.backbone_config._attn_implementation == "eager"
+    network = DINOv3ForPreTraining(built)
+    for backbone in (network.student.backbone, network.teacher.backbone):
+        assert backbone.config._attn_implementation == "eager"
 
 
 def test_a_preset_can_be_changed(tmp_path):

@@ -301,10 +301,8 @@ class SSLConfig(RecipeConfig):
         """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""
         from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 
-        backbone_config = self.backbone_config()
-        backbone_config._attn_implementation = self.attn_implementation
-        return DINOv3PreTrainingConfig(
-            backbone_config=backbone_config,
+        config = DINOv3PreTrainingConfig(
+            backbone_config=self.backbone_config(),
             dino_head=self.dino_head,
             ibot_head=self.ibot_head,
             dino_weight=self.dino_weight,
@@ -316,6 +314,8 @@ class SSLConfig(RecipeConfig):
             student_temperature=self.student_temperature,
             sinkhorn_iterations=self.sinkhorn_iterations,
         )
+        config._attn_implementation = self.attn_implementation  # and the backbone's
+        return config
 
     def views(self) -> MultiCropViews:
         """What the data workers cut from each image."""
