@@ -148,8 +148,11 @@ def state_dict_from_native(native: Mapping[str, Tensor], config: DINOv3ViTConfig
         config: The configuration of the network, as of `config_from_native`.
 
     Raises:
-        ValueError: A name does not belong to this network.
+        ValueError: A name does not belong to this network, or the tokens are missing.
     """
+    missing = [name for name in ("cls_token", "mask_token") if name not in native]
+    if missing:
+        raise ValueError(f"the checkpoint has no {missing[0]}; check that it holds a whole ViT.")
     split: dict[str, Tensor] = {}
     for name, tensor in native.items():
         if ".attn.qkv.bias_mask" not in name and ".attn.qkv." in name:  # (3D, D) or (3D,)
