@@ -4,7 +4,14 @@ What `transformers` itself opens stays as it is: `AutoModel` on a folder or Hub 
 the class of transformers, unless `register_auto_classes(override_native=True)` was called.
 """
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers import (
+    CONFIG_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+)
 
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
@@ -28,13 +35,15 @@ def register_auto_classes(override_native: bool = False) -> None:
 
     Args:
         override_native: Also open `dinov3_vit` folders and Hub ids with our classes, in this process.
+
+    Raises:
+        ValueError: transformers or another package has one of our model types.
     """
     if NATIVE_MODEL_TYPE not in _registered:
-        # Without exist_ok: another package with the same model type shall not be replaced silently.
-        AutoConfig.register(NATIVE_MODEL_TYPE, DINOv3ViTNativeConfig)
+        _register_configuration(DINOv3ViTNativeConfig)
         AutoModel.register(DINOv3ViTNativeConfig, DINOv3ViTNativeModel)
         AutoBackbone.register(DINOv3ViTNativeConfig, DINOv3ViTNativeBackbone)
-        AutoConfig.register(DINOv3PreTrainingConfig.model_type, DINOv3PreTrainingConfig)
+        _register_configuration(DINOv3PreTrainingConfig)
         AutoModelForPreTraining.register(DINOv3PreTrainingConfig, DINOv3ForPreTraining)
         # Our configuration has the name of the one in transformers, which looks classes up by name where it finds no
         # entry: without these entries `from_config` would build that class. Its own configuration is not touched.
@@ -43,6 +52,17 @@ def register_auto_classes(override_native: bool = False) -> None:
         _registered.add(NATIVE_MODEL_TYPE)
     if override_native:
         AutoConfig.register(STOCK_MODEL_TYPE, DINOv3ViTConfig, exist_ok=True)
+
+
+def _register_configuration(config_class: type[PreTrainedConfig]) -> None:
+    model_type = config_class.model_type
+    # Looked up here because AutoConfig.register replaces what another package has registered without a word.
+    if model_type in CONFIG_MAPPING:
+        raise ValueError(
+            f"model type {model_type!r} is taken by {CONFIG_MAPPING[model_type]}; "
+            "do not import that package and dinov3_hf into one process."
+        )
+    AutoConfig.register(model_type, config_class)
 
 
 _registered: set[str] = set()

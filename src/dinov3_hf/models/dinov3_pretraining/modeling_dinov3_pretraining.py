@@ -119,6 +119,7 @@ class DINOv3ForPreTraining(PreTrainedModel):
     def train(self, mode: bool = True) -> "DINOv3ForPreTraining":
         super().train(mode)
         self.teacher.eval()  # targets never see drop path or RoPE augmentation
+        self.teacher.requires_grad_(False)  # from_pretrained, which ends with eval(), makes parameters anew
         return self
 
     def forward(
