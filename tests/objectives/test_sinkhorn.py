@@ -27,6 +27,11 @@ def test_equals_the_published_algorithm(temperature, num_iterations):
     torch.testing.assert_close(sinkhorn_knopp(z, temperature, num_iterations), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_without_iterations_it_is_the_softmax_of_each_row():
+    z = logits()
+    assert torch.equal(sinkhorn_knopp(z, 0.07, 0), (z / 0.07).softmax(dim=1))
+
+
 def test_rows_sum_to_one_and_prototypes_are_used_evenly():
     q = sinkhorn_knopp(logits(rows=40, prototypes=8), 0.5, num_iterations=50)
     torch.testing.assert_close(q.sum(dim=1), torch.ones(40))
@@ -67,7 +72,7 @@ def test_input_is_left_alone_and_the_result_has_no_gradient():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((torch.zeros(2, 3, 4), 0.1), r"\(2, 3, 4\)"), ((torch.zeros(2, 3), 0.1, 0), "num_iterations is 0")],
+    [((torch.zeros(2, 3, 4), 0.1), r"\(2, 3, 4\)"), ((torch.zeros(2, 3), 0.1, -1), "num_iterations is -1")],
 )
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):

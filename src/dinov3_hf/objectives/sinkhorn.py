@@ -21,7 +21,8 @@ def sinkhorn_knopp(logits: Tensor, temperature: float | Tensor, num_iterations: 
 
     SwAV (arXiv 2006.09882, section 3.1); it centres the DINO and iBOT targets of DINOv2 (arXiv 2304.07193, section 4)
     and DINOv3 (arXiv 2508.10104, section 3.2). The factors 1/K and 1/N of the marginals cancel and are left out. Rows
-    are normalised last: every row sums to 1, every prototype only about to N/K.
+    are normalised last: every row sums to 1, every prototype only about to N/K. Without iterations it is the plain
+    softmax of each row, which nothing keeps from giving every row the same prototype.
 
     However large the logits, nothing overflows or vanishes. The first iteration is taken on log Q; after it every
     prototype holds at least 1 / (N K) of some row, so that plain division is safe. The sums over rows run over all
@@ -31,24 +32,26 @@ def sinkhorn_knopp(logits: Tensor, temperature: float | Tensor, num_iterations: 
         logits: (R, K), any floating dtype; R may differ between processes and may be 0. DINO passes the rows of both
             global crops together.
         temperature: T > 0, a number or a tensor of no dimensions.
-        num_iterations: at least 1.
+        num_iterations: 0 or more; published: 3.
 
     Returns:
         (R, K) float32, in [0, 1], a new tensor without gradient.
 
     Raises:
-        ValueError: `logits` has not two dimensions, or `num_iterations` is below 1.
+        ValueError: `logits` has not two dimensions, or `num_iterations` is negative.
     """
     if logits.ndim != 2:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}; sinkhorn_knopp takes (rows, prototypes): "
             "flatten the other dimensions."
         )
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}; Sinkhorn-Knopp needs at least 1.")
+    if num_iterations < 0:
+        raise ValueError(f"num_iterations is {num_iterations}; use 3, or 0 for a plain softmax.")
     with torch.autocast(logits.device.type, enabled=False):
         log_q = logits.float() / temperature  # (R, K)
-        q = log_q.sub_(_logsumexp_over_all_rows(log_q)).softmax(dim=1)  # (R, K): the first iteration
+        if num_iterations > 0:
+            log_q.sub_(_logsumexp_over_all_rows(log_q))
+        q = log_q.softmax(dim=1)  # (R, K): the first iteration
         for _ in range(num_iterations - 1):
             q /= all_reduce_sum(q.sum(dim=0))
             q /= q.sum(dim=1, keepdim=True)

@@ -85,7 +85,7 @@ class SSLConfig(RecipeConfig):
     )
     sinkhorn_iterations: int = field(
         default=3,
-        metadata=changes_the_result("Iterations of Sinkhorn-Knopp on the teacher's logits."),
+        metadata=changes_the_result("Iterations of Sinkhorn-Knopp on the teacher's logits; 0 is a plain softmax."),
     )
     mask_probability: float = field(
         default=0.5,
@@ -221,8 +221,8 @@ class SSLConfig(RecipeConfig):
             self.do_eval = self.eval_on_start = False
 
     def _check_numbers(self) -> None:
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(f"sinkhorn_iterations {self.sinkhorn_iterations} is not positive; use 1 or more.")
+        if self.sinkhorn_iterations < 0:
+            raise ValueError(f"sinkhorn_iterations {self.sinkhorn_iterations} is negative; use 0 for a plain softmax.")
         for name in ("student_temperature", "layerwise_lr_decay", "patch_embed_lr_mult"):
             if self.__dict__[name] <= 0:
                 raise ValueError(f"{name} {self.__dict__[name]} is not positive; use a number above 0.")

@@ -44,7 +44,7 @@ class DINOv3PreTrainingConfig(PreTrainedConfig):
         student_temperature (`float`, *optional*, defaults to 0.1):
             Temperature of the student's softmax.
         sinkhorn_iterations (`int`, *optional*, defaults to 3):
-            Iterations of Sinkhorn-Knopp on the teacher's logits.
+            Iterations of Sinkhorn-Knopp on the teacher's logits; 0 is a plain softmax.
     """
 
     model_type = "dinov3_pretraining"
