@@ -1,0 +1,178 @@
+"""Images of any origin to 8-bit pixels: what can be converted is converted, the rest is refused with a reason.
+
+Letters: H, W height and width of an image; C channels, 3 for RGB or 1 for grey.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+Content = bytes | Path | np.ndarray  # an encoded image, a file that holds one, or pixels uint8 (H, W, C)
+
+MODES = {1: "L", 3: "RGB"}  # by number of channels
+# Others are refused: Pillow would hand some of them (EPS) to programs of the system.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 2**27  # 134 million, 400 MB of RGB: room for any camera, not for a decompression bomb
+EXIF_ORIENTATION = 0x0112
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+class UnreadableImage(ValueError):
+    """An image cannot be read. The message says why in a few words; whoever asked for the image knows its name."""
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image whose size is known and whose pixels are decoded on demand.
+
+    Args:
+        height: H, of the image turned upright.
+        width: W, of the image turned upright.
+        decoder: reduction -> pixels, see `decode`.
+    """
+
+    height: int
+    width: int
+    decoder: Callable[[int], np.ndarray]
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """Return the pixels, uint8 (H, W, C).
+
+        A JPEG with sides of at least `reduction` (1, 2, 4 or 8) is decoded to ceil(H / reduction) x
+        ceil(W / reduction), which saves most of the work; everything else keeps its full size.
+
+        Raises:
+            UnreadableImage: corrupt or truncated.
+        """
+        return self.decoder(reduction)
+
+
+def open_image(content: Content, num_channels: int) -> OpenedImage:
+    """Open an image and convert it to 3 (RGB) or 1 (grey) channels of 8 bits.
+
+    Integers of 16 bits are scaled from their full range, longer integers and floats from their smallest to their
+    largest value. Transparent images are laid on white, animations give their first frame, EXIF rotations are undone.
+
+    Raises:
+        UnreadableImage: empty, corrupt or truncated, not an image, or more than 134 million pixels.
+    """
+    mode = MODES[num_channels]
+    if isinstance(content, np.ndarray):
+        return _of_pixels(_array_pixels(content, mode))
+    with _reasons():
+        encoded = content.read_bytes() if isinstance(content, Path) else content
+        if not encoded:
+            raise UnreadableImage("the file is empty")
+        image = _open(encoded)
+        if image.format not in ("JPEG", "MPO"):  # nothing to gain by waiting: these decode at full size only
+            return _of_pixels(_pixels(image, mode))
+        height, width = image.height, image.width
+        if _orientation(image) >= 5:  # a quarter turn
+            height, width = width, height
+    return OpenedImage(height, width, lambda reduction: _decode_jpeg(encoded, mode, reduction))
+
+
+def _of_pixels(pixels: np.ndarray) -> OpenedImage:
+    height, width = pixels.shape[:2]
+    return OpenedImage(height, width, lambda reduction: pixels)
+
+
+def _array_pixels(pixels: np.ndarray, mode: str) -> np.ndarray:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3:
+        raise ValueError(f"pixels must be uint8 (H, W, C), not {pixels.dtype} {pixels.shape}.")
+    if pixels.shape[2] == len(mode):
+        return pixels
+    with _reasons():
+        return _pixels(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), mode)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Raise whatever goes wrong inside as `UnreadableImage`, and keep Pillow's warnings from the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except UnreadableImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise UnreadableImage(f"not an image in a known format ({' '.join(FORMATS)})") from error
+        except Image.DecompressionBombError as error:
+            raise UnreadableImage(_too_large()) from error
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from error
+        except (
+            Exception
+        ) as error:  # broken files raise nearly anything in Pillow's parsers: struct.error, KeyError ...
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def _too_large() -> str:
+    return f"more than {MAX_PIXELS:,} pixels"
+
+
+def _open(encoded: bytes) -> Image.Image:
+    image = Image.open(BytesIO(encoded), formats=FORMATS)  # reads the header only
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(_too_large())
+    return image
+
+
+def _decode_jpeg(encoded: bytes, mode: str, reduction: int) -> np.ndarray:
+    with _reasons():
+        image = _open(encoded)
+        # Takes the largest of the decoder's scales that leaves at least this size.
+        image.draft(mode, (max(1, image.width // reduction), max(1, image.height // reduction)))
+        return _pixels(image, mode)
+
+
+def _pixels(image: Image.Image, mode: str) -> np.ndarray:
+    """Decode `image` and return its pixels in `mode`, upright: uint8 (H, W, C)."""
+    image.load()
+    pixels = np.array(_converted(image, mode)).reshape(image.height, image.width, len(mode))
+    turn = UPRIGHT.get(_orientation(image))
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation: int = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # broken EXIF data of an image that is fine
+        return 1
+    return orientation
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale a grey image of 16-bit or 32-bit integers or of floats to mode L."""
+    values = np.asarray(image).astype(np.float32)
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        raise UnreadableImage("no finite values")
+    low, high = float(finite.min()), float(finite.max())
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0  # 16 bits; some versions of Pillow open them with 32
+    scaled = (values - low) * (255 / ((high - low) or 1.0))
+    return Image.fromarray(np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8))
