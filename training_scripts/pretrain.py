@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_knn_top1" in entry}
     if eval_images is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
+    trainer.save_state()  # the whole log, trainer_state.json
     if trainer.is_world_process_zero():
         teacher = Path(args.output_dir) / "teacher"
         trainer.save_teacher(teacher)
