@@ -179,8 +179,11 @@ def test_precision_sets_what_the_trainer_reads(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
-def test_bf16_on_a_machine_without_a_gpu_needs_no_flag(tmp_path):
+def test_a_machine_without_a_gpu_needs_no_flag(tmp_path):
     assert tiny(tmp_path, precision="bf16").device.type == "cpu"
+    plain = tiny(tmp_path, precision="fp32")
+    assert plain.use_cpu  # without it, processes that torchrun starts would not find each other
+    assert "use_cpu" not in plain.recipe()
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

@@ -260,10 +260,10 @@ class RecipeConfig(TrainingArguments):
         self.learning_rate = self.lr_schedule.peak
 
     def _choose_arithmetic(self) -> None:
-        if resolve_precision(self.precision, self.model_width(), use_cpu=self.use_cpu) == "bf16":
-            self.bf16 = True
-            if not torch.accelerator.is_available():
-                self.use_cpu = True  # transformers refuses bf16 without a GPU unless the CPU is asked for by name
+        # Unless the CPU is asked for by name, transformers refuses bf16 on it, and several processes would each
+        # train on the whole batch.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.bf16 = resolve_precision(self.precision, self.model_width(), use_cpu=self.use_cpu) == "bf16"
         if HAS_ACTIVATION_CHECKPOINTING:
             self.activation_checkpointing = self.gradient_checkpointing
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
