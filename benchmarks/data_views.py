@@ -18,10 +18,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dinov3_hf.data.collators import collate_views
-from dinov3_hf.data.datasets import SSLDataset, load_images
+from dinov3_hf.data.datasets import SSLDataset
 from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews
 from dinov3_hf.data.photometric import Photometric
+from dinov3_hf.data.sampler import SampleKey
+from dinov3_hf.data.sources.spec import load_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -57,7 +59,7 @@ def main() -> None:
         images = load_images(folder)
         masks = MaskSampler(14, batch_size=args.images, seed=0)
         dataset = SSLDataset(images, MultiCropViews(224, 96), masks, seed=0)
-        keys = [(i, i % len(images)) for i in range(args.images)]
+        keys = [SampleKey(i, 0, i // len(images), i % len(images)) for i in range(args.images)]
         photometric = Photometric(MEAN, STD).to(device)
 
         def worker() -> dict:
@@ -76,8 +78,8 @@ def main() -> None:
 
         def peer() -> list[Tensor]:
             samples = []
-            for _, index in keys:
-                image = images.image(index)
+            for key in keys:
+                image = Image.fromarray(images.image(key.index))
                 samples.append([first(image), second(image), *(local(image) for _ in range(8))])
             return [torch.stack(crops) for crops in zip(*samples, strict=True)]
 

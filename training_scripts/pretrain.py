@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     from transformers.utils import logging
 
     from dinov3_hf.cli.splits import labelled_splits
-    from dinov3_hf.data.datasets import load_images
+    from dinov3_hf.data.sources.spec import load_images
     from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
     from dinov3_hf.training.resume import find_checkpoint
     from dinov3_hf.training.ssl_trainer import SSLTrainer

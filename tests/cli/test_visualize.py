@@ -93,7 +93,7 @@ def test_photos_stand_upright(tmp_path):
 
 @require_package("sklearn")
 def test_digits_are_one_of_each_class_and_again(tmp_path):
-    from dinov3_hf.data.datasets import load_images
+    from dinov3_hf.data.sources.spec import load_images
 
     digits = load_images("digits", "test")
     pictures = [np.asarray(picture) for picture in read_pictures("digits", 20)]

@@ -9,11 +9,11 @@ from dinov3_hf.data.sampler import StreamSampler
 
 def test_every_epoch_is_another_permutation():
     keys = list(StreamSampler(10, 30, seed=0))
-    assert [position for position, _ in keys] == list(range(30))
-    epochs = [[index for _, index in keys[start : start + 10]] for start in (0, 10, 20)]
+    assert [key.position for key in keys] == list(range(30))
+    epochs = [[key.index for key in keys[start : start + 10]] for start in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [index for _, index in StreamSampler(10, 10, seed=1)] != epochs[0]
+    assert [key.index for key in StreamSampler(10, 10, seed=1)] != epochs[0]
 
 
 @pytest.mark.invariant
@@ -25,7 +25,7 @@ def test_continues_as_if_it_had_never_stopped(start):
 
 
 def test_wraps_where_a_batch_is_larger_than_the_data_set():
-    indices = [index for _, index in StreamSampler(3, 8, seed=0)]
+    indices = [key.index for key in StreamSampler(3, 8, seed=0)]
     assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2]
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from dinov3_hf.data.datasets import load_images
+from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from dinov3_hf.training.callbacks import CollapseWarningCallback

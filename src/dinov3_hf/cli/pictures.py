@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from dinov3_hf.data.datasets import load_images
+from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.evals.features import ImageList, check_divisible, extract_features, input_size, patch_size, to_picture
 
 # Input size of a picture in units of the image processor's, when none is given: more patches show more, and features

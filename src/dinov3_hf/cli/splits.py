@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinov3_hf.data.datasets import SPLIT_FOLDERS, ImageSource, Split, load_images
+from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, Split
+from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.evals.features import center_crop
 
 # In a folder without test images of its own, every fifth image of a class becomes one, in an order drawn with seed 0.
@@ -59,7 +60,7 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
     """
     crop = None if data == "digits" else size
     folder = Path(data).expanduser()
-    test_folder = next((name for name in SPLIT_FOLDERS["test"] if (folder / name).is_dir()), None)
+    test_folder = next((name for name in SPLIT_NAMES["test"] if (folder / name).is_dir()), None)
     if test_folder is not None and not (folder / "train").is_dir():
         raise ValueError(f"{data} has a sub-folder {test_folder} but none named train; put the training images there.")
     train = _read(data, "train", num_channels, crop)

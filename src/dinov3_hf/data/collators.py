@@ -19,6 +19,7 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     - `mask` bool (2B, P)
     - `mask_indices` int64 (M,): masked entries of the flattened mask, ascending
     - `mask_weight` float32 (M,): 1 / number of masked patches in the same crop
+    - `unreadable`: name and reason of each image that could not be read and was replaced
     """
     batch: dict[str, Any] = {name: _crop_major([sample[name] for sample in samples]) for name in samples[0]}
     return batch | _mask_entries(batch["mask"])
@@ -33,9 +34,11 @@ def subset_batch(batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
 
 
 def _crop_major(values: list[Any]) -> Any:
-    """Merge values of one row a crop: tensors, arrays, or dictionaries of them."""
+    """Merge values of one row a crop: tensors, arrays, or dictionaries of them; lists are joined."""
     if isinstance(values[0], dict):
         return {name: _crop_major([value[name] for value in values]) for name in values[0]}
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
     if isinstance(values[0], Tensor):
         return torch.stack(values, dim=1).flatten(0, 1)
     return np.stack(values, axis=1).reshape(-1, *values[0].shape[1:])
@@ -45,6 +48,8 @@ def _first_images(values: Any, num_images: int, num_kept: int) -> Any:
     """Undo the merging of `_crop_major` for the first `num_kept` images."""
     if isinstance(values, dict):
         return {name: _first_images(value, num_images, num_kept) for name, value in values.items()}
+    if isinstance(values, list):
+        return values
     rest = values.shape[1:]
     return values.reshape(-1, num_images, *rest)[:, :num_kept].reshape(-1, *rest)
 

@@ -1,17 +1,36 @@
 """The order in which a run sees its samples."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
 from dinov3_hf.data.seeding import Stream, random_generator
 
 
-class StreamSampler(Sampler[tuple[int, int]]):
-    """Yield `(position, index)` for the whole run: one permutation of the data set after the other.
+class SampleKey(NamedTuple):
+    """What a worker needs to make one sample.
 
-    `position` counts samples from the start of the run over all ranks, `index` is the row of the data set. The order
-    is a function of `seed` alone, so a run that continues at `start` sees what it would have seen without the break.
+    Attributes:
+        position: place of the sample in the run, counted over all ranks from the start.
+        source: number of the source of images.
+        epoch: how often this source has been gone through before.
+        index: row of the source.
+        content: the encoded image, where the source is a stream, which has no rows to go back to.
+    """
+
+    position: int
+    source: int
+    epoch: int
+    index: int
+    content: bytes | None = None
+
+
+class StreamSampler(Sampler[SampleKey]):
+    """Yield the keys of a whole run: one permutation of the data set after the other.
+
+    The order is a function of `seed` alone, so a run that continues at `start` sees what it would have seen without
+    the break.
 
     Args:
         num_samples: rows of the data set; may be smaller than a batch.
@@ -33,11 +52,11 @@ class StreamSampler(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self.num_positions - self.start
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[SampleKey]:
         position = self.start
         while position < self.num_positions:
             epoch, offset = divmod(position, self.num_samples)
-            order = random_generator(self.seed, Stream.ORDER, epoch).permutation(self.num_samples)
+            order = random_generator(self.seed, Stream.ORDER, 0, epoch).permutation(self.num_samples)
             for index in order[offset : offset + self.num_positions - position]:
-                yield position, int(index)
+                yield SampleKey(position, 0, epoch, int(index))
                 position += 1

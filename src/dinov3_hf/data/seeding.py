@@ -12,10 +12,11 @@ import numpy as np
 class Stream(IntEnum):
     """What the numbers are for; part of the key, so that equal keys of two purposes do not give equal numbers."""
 
-    ORDER = 0  # key (epoch): permutation of the data set
-    VIEWS = 1  # key (epoch, index): crops, flips and photometric parameters of one sample
+    ORDER = 0  # key (source, epoch): permutation of the images of a source
+    VIEWS = 1  # key (source, epoch, index): crops, flips and photometric parameters of one sample
     MASK_COUNTS = 2  # key (step): which crop of the global batch has how many masked patches
     MASKS = 3  # key (step, entry): blocks of one mask
+    REPLACEMENTS = 4  # key (position, attempt): which image takes the place of one that cannot be read
 
 
 def random_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 
 from dinov3_hf.data.collators import collate_views
-from dinov3_hf.data.datasets import ImageSource, SSLDataset
+from dinov3_hf.data.datasets import SSLDataset
 from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import StreamSampler
+from dinov3_hf.data.sources.base import Images, ImageSource, as_source
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
 from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback, TrainingProgressCallback
 from dinov3_hf.training.clipping import clip_gradients
@@ -63,14 +64,15 @@ class SSLTrainer(Trainer):
         self,
         model: DINOv3ForPreTraining,
         args: SSLConfig,
-        train_images: ImageSource,
+        train_images: Images,
         eval_images: tuple[ImageSource, ImageSource] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        source = as_source(train_images, args.backbone_config().num_channels)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SSLDataset(train_images, args.views(), args.masks(), seed=args.seed),
+            train_dataset=SSLDataset(source, args.views(), args.masks(), seed=args.seed),
             eval_dataset=eval_images,
             callbacks=callbacks,
         )

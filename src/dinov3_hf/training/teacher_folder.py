@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import DINOv3ViTImageProcessor, PreTrainedModel
 
-from dinov3_hf.data.datasets import ImageSource
+from dinov3_hf.data.sources.base import ImageSource
 from dinov3_hf.evals.features import extract_features
 from dinov3_hf.evals.knn import knn_accuracy
 from dinov3_hf.hub.model_card import write_model_card

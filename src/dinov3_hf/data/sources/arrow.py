@@ -1,0 +1,236 @@
+"""Images in the rows of a table: parquet files and data sets of the Hub, through the `datasets` library.
+
+Both become Arrow files in the library's cache (`HF_DATASETS_CACHE`), which are mapped into memory: every worker reads
+the same pages, and opening them again costs nothing.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dinov3_hf.data.decoding import Content
+from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split, digest
+from dinov3_hf.errors import did_you_mean
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_COLUMN = "image"
+LABEL_COLUMNS = ("label", "labels", "cls")
+
+
+class ArrowImages(ImageSource):
+    """The images of a data set whose rows have been read.
+
+    Args:
+        rows: the data set.
+        image_column: holds encoded images, paths, or both, as `datasets.Image` stores them.
+        label_column: holds the classes; None for no labels.
+        files: names and numbers of rows of the files that the rows come from, in order, for `name`.
+        data: what the data set is called in messages.
+    """
+
+    def __init__(
+        self,
+        rows: "datasets.Dataset",
+        image_column: str,
+        label_column: str | None,
+        files: Sequence[tuple[str, int]],
+        data: str,
+        num_channels: int,
+    ):
+        if len(rows) == 0:
+            raise ValueError(f"{data} has no rows; name another data set.")
+        self.rows = rows  # not its column: a data set is handed to a worker by the name of its file
+        self.image_column = image_column
+        self.num_channels = num_channels
+        self.files = [name for name, _ in files]
+        self.ends = np.cumsum([num_rows for _, num_rows in files])
+        if label_column is not None:
+            column = rows.data.column(label_column)
+            self.labels, self.class_names = _labels(column.to_pylist(), rows.features[label_column], data)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def content(self, i: int) -> Content:
+        return image_content(self.rows.data.column(self.image_column)[i].as_py())
+
+    def name(self, i: int) -> str:
+        file = int(np.searchsorted(self.ends, i, side="right"))
+        start = int(self.ends[file - 1]) if file else 0
+        return f"{self.files[file]} row {i - start}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        names = [f"{Path(name).name} {end}".encode() for name, end in zip(self.files, self.ends, strict=True)]
+        return {"images": len(self), "names": digest(names)}
+
+
+def image_content(value: Any) -> Content:
+    """Return what a cell of an image column holds: the encoded image, or else the path of its file."""
+    if isinstance(value, dict):
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    return Path(value) if isinstance(value, str) else value or b""
+
+
+def open_parquet(
+    files: Sequence[Path], data: str, labelled: bool, num_channels: int, column: str | None = None
+) -> ArrowImages:
+    """Open the rows of parquet files that have the same columns.
+
+    Raises:
+        ValueError: a file that is no parquet file or cut short, no image column, or no labels where some are needed.
+    """
+    load = import_datasets()
+    import pyarrow.parquet
+
+    num_rows = []
+    for path in files:
+        with one_line(f"{path} cannot be read as a parquet file", "copy it again or leave it out"):
+            num_rows.append(pyarrow.parquet.read_metadata(path).num_rows)
+    features = load.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
+    image_column = find_image_column(features, data, column)
+    label_column = find_label_column(features, data) if labelled else None
+    columns = [image_column, *([label_column] if label_column else [])]
+    with one_line(f"{data} cannot be read", "its files must be whole and have the same columns"):
+        rows = load.load_dataset(
+            "parquet", data_files=[str(path.resolve()) for path in files], split="train", columns=columns
+        )
+    places = [(str(path), n) for path, n in zip(files, num_rows, strict=True)]
+    return ArrowImages(rows, image_column, label_column, places, data, num_channels)
+
+
+def open_hub(
+    data: str,
+    repository: str,
+    config: str | None,
+    own_split: str | None,
+    split: Split | None,
+    labelled: bool,
+    num_channels: int,
+    column: str | None = None,
+) -> ArrowImages:
+    """Open a data set of the Hub, from the library's cache where it has been downloaded before.
+
+    Args:
+        data: what the user wrote.
+        repository: OWNER/NAME.
+        config: of the data set; None for the only or default one.
+        own_split: the split of the data set to take as if it were all; None for the one that `split` asks for.
+
+    Raises:
+        FileNotFoundError: there is no such data set or split, or the Hub cannot be reached.
+        ValueError: no image column, or no labels where they are asked for.
+    """
+    rows = _hub_rows(data, repository, config, own_split, split)
+    image_column = find_image_column(rows.features, data, column)
+    label_column = find_label_column(rows.features, data) if labelled else None
+    rows = rows.select_columns([image_column, *([label_column] if label_column else [])])
+    return ArrowImages(rows, image_column, label_column, [(data, len(rows))], data, num_channels)
+
+
+def _hub_rows(
+    data: str, repository: str, config: str | None, own_split: str | None, split: Split | None
+) -> "datasets.Dataset":
+    load = import_datasets()
+    if own_split is not None and split == "test":
+        raise NoSuchSplit(f"{data} is one split of a data set and has no test images of its own.")
+    names = [own_split] if own_split else ["all"] if split is None else SPLIT_NAMES[split]
+    refusal: Exception | None = None
+    for name in names:
+        try:
+            return load.load_dataset(repository, name=config, split=name)
+        except ValueError as error:
+            if "split" not in str(error).lower():
+                raise ValueError(f"Hub data set {data} cannot be read: {first_line(error)}") from error
+            refusal = error
+        except Exception as error:
+            raise FileNotFoundError(
+                f"there is no folder or file {data}, and as a data set of the Hub it fails: {first_line(error)}"
+            ) from error
+    raise NoSuchSplit(
+        f"Hub data set {data} has no split {' or '.join(names)} ({first_line(refusal)}); name one: "
+        f"{repository}:{config or ''}:SPLIT."
+    )
+
+
+def find_image_column(features: dict[str, Any], data: str, wanted: str | None = None) -> str:
+    """Return the column of images: `wanted`, else `image`, else the only one whose type is an image.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"{data} has no column {wanted}; {did_you_mean(wanted, features)}")
+        return wanted
+    if IMAGE_COLUMN in features:
+        return IMAGE_COLUMN
+    load = import_datasets()
+    columns = [name for name, feature in features.items() if isinstance(feature, load.Image)]
+    if len(columns) == 1:
+        return columns[0]
+    found = f"several image columns ({', '.join(columns)})" if columns else "no image column"
+    raise ValueError(
+        f"{data} has {found}; its columns are {', '.join(features)}: name one as `column` in a data recipe."
+    )
+
+
+def find_label_column(features: dict[str, Any], data: str) -> str:
+    """Return the column of class labels.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in LABEL_COLUMNS:
+        if name in features:
+            return name
+    raise ValueError(
+        f"{data} has no labels; its columns are {', '.join(features)}, and a column {' or '.join(LABEL_COLUMNS)} is "
+        "needed."
+    )
+
+
+def _labels(values: list[Any], feature: Any, data: str) -> tuple[np.ndarray, list[str]]:
+    if any(value is None or value == -1 for value in values):
+        raise ValueError(f"{data} has images without a label; name a split that is labelled.")
+    if isinstance(feature, import_datasets().ClassLabel):
+        return np.array(values, dtype=np.int64), list(feature.names)
+    if not isinstance(values[0], int | str):
+        raise ValueError(f"the labels of {data} are {values[0]!r} and the like; they must be whole numbers or words.")
+    class_names, labels = np.unique(values, return_inverse=True)
+    return labels.astype(np.int64), [str(name) for name in class_names]
+
+
+def import_datasets() -> Any:
+    """Return the `datasets` library, quiet: progress bars in a terminal only, no log lines below errors."""
+    try:
+        import datasets  # takes a second or two
+    except ImportError as error:
+        raise ImportError(
+            "parquet files, the Hub and streams are read by datasets, which is not installed; "
+            "run pip install 'dinov3-hf[train]'."
+        ) from error
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+@contextmanager
+def one_line(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what the Arrow libraries raise, of many types and lengths, into one line."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{problem} ({first_line(cause)}); {remedy}.") from error
+
+
+def first_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

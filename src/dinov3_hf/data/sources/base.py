@@ -1,0 +1,104 @@
+"""What every source of images offers: encoded images, names and labels by row number."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dinov3_hf.data.decoding import MODES, Content, UnreadableImage, open_image
+
+Split = Literal["train", "test"]
+
+# What the splits are called in the names of folders and files and on the Hub; the first that exists is taken.
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val", "validation")}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class NoSuchSplit(FileNotFoundError):
+    """The data exist but have no images of the split that was asked for."""
+
+
+class Images(Protocol):
+    """The least that can be trained on: images by row number, each PIL or uint8 (H, W[, C])."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> Image.Image | np.ndarray: ...
+
+
+class ImageSource(ABC):
+    """Images by row number, decoded when they are asked for, some with a class label each.
+
+    Attributes:
+        labels: class of each image, int64 (len,); None where there are no labels or none were asked for.
+        class_names: what the labels stand for; None without labels.
+        num_channels: 3 for RGB, 1 for grey.
+    """
+
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+    num_channels: int = 3
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def content(self, i: int) -> Content:
+        """Return image `i` as it is stored: encoded bytes, the path of a file, or pixels uint8 (H, W, C)."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """Return what image `i` is called in messages and reports."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the number of images and a digest of their names: the same after a move, another for other images."""
+
+    def image(self, i: int) -> np.ndarray:
+        """Return the pixels of image `i`: uint8 (H, W, num_channels).
+
+        Raises:
+            ValueError: it cannot be read; the message names it.
+        """
+        try:
+            return open_image(self.content(i), self.num_channels).decode(1)
+        except UnreadableImage as error:
+            raise ValueError(f"cannot read image {self.name(i)} ({error}); repair or remove it.") from error
+
+
+class GivenImages(ImageSource):
+    """Images that a program brings along: any object with `len()` and `image(i)`."""
+
+    def __init__(self, images: Images, num_channels: int):
+        self.images = images
+        self.num_channels = num_channels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def content(self, i: int) -> np.ndarray:
+        image = self.images.image(i)
+        pixels = np.asarray(image.convert(MODES[self.num_channels]) if isinstance(image, Image.Image) else image)
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+    def name(self, i: int) -> str:
+        return f"image {i}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"images": len(self)}
+
+
+def as_source(images: Images, num_channels: int) -> ImageSource:
+    """Return `images` as an `ImageSource`, which most are already."""
+    return images if isinstance(images, ImageSource) else GivenImages(images, num_channels)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """A short name for a sequence of names: 16 hexadecimal digits."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little") + part)
+    return hasher.hexdigest()[:16]
