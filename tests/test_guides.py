@@ -40,7 +40,7 @@ def test_training_commands_are_understood(tmp_path, monkeypatch):
 
 
 def test_every_recipe_is_described():
-    described = set(re.findall(r"^\| `(\w+)` \|", PAGES["training.md"].partition("## A recipe")[0], re.MULTILINE))
+    described = set(re.findall(r"^\| `(\w+)` \|", PAGES["recipes.md"].partition("\n## ")[0], re.MULTILINE))
     assert described == {page.stem for page in (REPOSITORY / "src" / "dinov3_hf" / "recipes").glob("*.yaml")}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dinov3_hf.cli.errors import run
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.recipes.pages import recipe_summaries
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.field_types import describe, fit_to_annotation
 from dinov3_hf.training.schedules import Schedule
@@ -224,7 +225,7 @@ def test_help_shows_the_groups_and_every_field(capsys, monkeypatch):
         "torch_compile": 2,
     }.items():
         assert titles[position] < page.index(f"--{name} ") < titles[position + 1]
-    assert "quickstart_digits" in page
+    assert all(f"{name} " in page and summary in page for name, summary in recipe_summaries().items())
     assert "num_train_epochs" not in page
 
 

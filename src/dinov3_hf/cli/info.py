@@ -10,7 +10,6 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dinov3_hf.models.dinov3_vit.presets import PRESETS
+from dinov3_hf.recipes.pages import recipe_summaries
 
 # Package -> the extra that brings it ("" = every installation has it).
 PACKAGES = {
@@ -63,7 +63,7 @@ def info(
         "devices": [cpu(), *nvidia_gpus(), *apple_gpus()],
         "registered": REGISTERED,
         "presets": presets(),
-        "recipes": recipes(),
+        "recipes": recipe_summaries(),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -166,12 +166,6 @@ def num_parameters(fields: dict[str, Any]) -> int:
     tokens = (1 + 1 + fields["num_register_tokens"]) * D  # CLS, mask, registers
     local_norm = 2 * D if fields.get("untie_global_and_local_cls_norm", False) else 0
     return patch_embedding + tokens + fields["num_hidden_layers"] * block + 2 * D + local_norm
-
-
-def recipes() -> dict[str, str]:
-    """Name of each recipe -> the first line of its page, which says what it is."""
-    pages = sorted((page for page in files("dinov3_hf.recipes").iterdir() if page.name.endswith(".yaml")), key=str)
-    return {page.name.removesuffix(".yaml"): page.read_text().partition("\n")[0].lstrip("# ") for page in pages}
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -96,6 +96,14 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_summaries() -> dict[str, str]:
+    """Name of each recipe of the package -> the first line of its page, which says what it is."""
+    pages = {name: files("dinov3_hf.recipes") / f"{name}.yaml" for name in recipe_names()}
+    return {
+        name: page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for name, page in pages.items()
+    }
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The fields of a recipe.
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TrainingArguments
 
-from dinov3_hf.recipes.pages import dump_yaml, recipe_names
+from dinov3_hf.recipes.pages import dump_yaml, recipe_summaries
 from dinov3_hf.training.field_types import describe
 from dinov3_hf.training.recipe_config import CHANGES_THE_RESULT, EFFICIENCY, ORCHESTRATION, RecipeConfig
 from dinov3_hf.training.schedules import Schedule
@@ -28,9 +28,15 @@ def print_help(config_class: type[RecipeConfig], prog: str, description: str) ->
     console.print(f"[bold]Usage:[/bold] {prog} RECIPE \\[--field value ...]\n")
     if description:
         console.print(escape(description.strip()) + "\n")
-    console.print(f"[bold]RECIPE[/bold]  one of {', '.join(recipe_names())}, or the path of a YAML file.")
+    console.print("[bold]RECIPE[/bold]  the path of a YAML file, or one of")
+    recipes = Table(box=None, show_header=False, padding=(0, 1, 0, 1))
+    recipes.add_column(no_wrap=True, style="cyan")
+    recipes.add_column()
+    for name, summary in recipe_summaries().items():
+        recipes.add_row(name, escape(summary))
+    console.print(recipes)
     console.print(
-        "Values are YAML: 1e-4, true, null, \\[0.1, 0.5]. A dot reaches into a nested field: "
+        "\nValues are YAML: 1e-4, true, null, \\[0.1, 0.5]. A dot reaches into a nested field: "
         "--backbone.preset vitb16, --lr_schedule.peak 1e-4.\n--debug shows the traceback of an error."
     )
     annotations = get_type_hints(config_class)

@@ -1,0 +1,62 @@
+"""Every recipe trains: two real steps of the script, with sizes that fit a test and every other value as it stands."""
+
+import json
+import math
+import runpy
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from dinov3_hf.recipes.pages import read_recipe, recipe_names
+from tests.testing_utils import REPOSITORY
+
+SIZES = {
+    "backbone.hidden_size": 48,
+    "backbone.intermediate_size": 64,
+    "backbone.num_hidden_layers": 2,
+    "backbone.num_attention_heads": 3,
+    **{f"{head}.num_prototypes": 32 for head in ("dino_head", "ibot_head")},
+    **{f"{head}.bottleneck_dim": 16 for head in ("dino_head", "ibot_head")},
+    **{f"{head}.hidden_dim": 32 for head in ("dino_head", "ibot_head")},
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "koleo_group_size": 2,
+    "max_steps": 2,
+    "lr_schedule.warmup_steps": 1,
+    "teacher_temperature_schedule.warmup_steps": 1,
+    "freeze_last_layer_steps": 1,
+}
+MACHINE = {"use_cpu": "true", "dataloader_num_workers": 0, "report_to": "none", "logging_steps": 1, "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_two_steps(name, photos, tmp_path):
+    main = runpy.run_path(str(REPOSITORY / "training_scripts" / "pretrain.py"))["main"]
+    changes = SIZES | MACHINE | {"train_data": photos, "output_dir": tmp_path}
+    main([name, *(word for field, value in changes.items() for word in (f"--{field}", str(value)))])
+
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    terms = [value for entry in logged for key, value in entry.items() if key.startswith(("loss", "grad_norm"))]
+    assert {"loss", "loss/ibot", "loss/koleo", "grad_norm/backbone"} <= set(logged[0])
+    assert all(math.isfinite(value) for value in terms)
+    assert logged[0]["schedule/last_layer_lr"] == 0 < logged[1]["schedule/last_layer_lr"]
+
+    recipe = read_recipe(name)
+    processor = json.loads((tmp_path / "teacher" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == recipe.get("image_mean", [0.485, 0.456, 0.406])
+    teacher = DINOv3ViTModel.from_pretrained(tmp_path / "teacher").config
+    for field in set(recipe["backbone"]) - {"preset"} - {field.removeprefix("backbone.") for field in SIZES}:
+        assert teacher.to_dict()[field] == recipe["backbone"][field], field
