@@ -111,6 +111,7 @@ def test_without_distortions_only_normalisation_is_left():
     nothing = {name: np.zeros_like(values) for name, values in parameters.items()}
     expected = tv.normalize(crops / 255, MEAN, STD)
     torch.testing.assert_close(Photometric(MEAN, STD)(crops, nothing), expected)
+    torch.testing.assert_close(Photometric(MEAN, STD)(crops), expected)
     torch.testing.assert_close(crops, batch(3)[0])  # the input stays
 
 

@@ -19,6 +19,7 @@ MODES = {1: "L", 3: "RGB"}  # by number of channels
 # Others are refused: Pillow would hand some of them (EPS) to programs of the system.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 2**27  # 134 million, 400 MB of RGB: room for any camera, not for a decompression bomb
+JPEG_REDUCTIONS = (1, 2, 4, 8)  # what the decoder offers among others, as Pillow uses it
 EXIF_ORIENTATION = 0x0112
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -42,22 +43,23 @@ class OpenedImage:
     Args:
         height: H, of the image turned upright.
         width: W, of the image turned upright.
+        reductions: by which it can be decoded smaller: 1, 2, 4 and 8 for a JPEG, as its sides allow, else 1.
         decoder: reduction -> pixels, see `decode`.
     """
 
     height: int
     width: int
+    reductions: tuple[int, ...]
     decoder: Callable[[int], np.ndarray]
 
     def decode(self, reduction: int = 1) -> np.ndarray:
-        """Return the pixels, uint8 (H, W, C).
-
-        A JPEG with sides of at least `reduction` (1, 2, 4 or 8) is decoded to ceil(H / reduction) x
-        ceil(W / reduction), which saves most of the work; everything else keeps its full size.
+        """Return the pixels, uint8 (ceil(H / reduction), ceil(W / reduction), C), for one of `reductions`.
 
         Raises:
             UnreadableImage: corrupt or truncated.
         """
+        if reduction not in self.reductions:
+            raise ValueError(f"this image can be decoded with a reduction of {self.reductions}, not {reduction}.")
         return self.decoder(reduction)
 
 
@@ -72,32 +74,33 @@ def open_image(content: Content, num_channels: int) -> OpenedImage:
     """
     mode = MODES[num_channels]
     if isinstance(content, np.ndarray):
-        return _of_pixels(_array_pixels(content, mode))
+        opened = opened_pixels(content)
+        pixels = opened.decode()
+        if pixels.shape[2] == num_channels:
+            return opened
+        with _reasons():
+            return opened_pixels(_pixels(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), mode))
     with _reasons():
         encoded = content.read_bytes() if isinstance(content, Path) else content
         if not encoded:
             raise UnreadableImage("the file is empty")
         image = _open(encoded)
         if image.format not in ("JPEG", "MPO"):  # nothing to gain by waiting: these decode at full size only
-            return _of_pixels(_pixels(image, mode))
+            return opened_pixels(_pixels(image, mode))
         height, width = image.height, image.width
         if _orientation(image) >= 5:  # a quarter turn
             height, width = width, height
-    return OpenedImage(height, width, lambda reduction: _decode_jpeg(encoded, mode, reduction))
+    reductions = tuple(reduction for reduction in JPEG_REDUCTIONS if reduction <= min(height, width))
+    return OpenedImage(height, width, reductions, lambda reduction: _decode_jpeg(encoded, mode, reduction))
 
 
-def _of_pixels(pixels: np.ndarray) -> OpenedImage:
+def opened_pixels(pixels: np.ndarray) -> OpenedImage:
+    """Return decoded `pixels`, uint8 (H, W[, C]), as an opened image."""
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"an image must have uint8 pixels, not {pixels.dtype}; convert it to RGB or L first.")
+    pixels = np.require(pixels[:, :, None] if pixels.ndim == 2 else pixels, requirements=["C", "W"])
     height, width = pixels.shape[:2]
-    return OpenedImage(height, width, lambda reduction: pixels)
-
-
-def _array_pixels(pixels: np.ndarray, mode: str) -> np.ndarray:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3:
-        raise ValueError(f"pixels must be uint8 (H, W, C), not {pixels.dtype} {pixels.shape}.")
-    if pixels.shape[2] == len(mode):
-        return pixels
-    with _reasons():
-        return _pixels(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), mode)
+    return OpenedImage(height, width, (1,), lambda reduction: pixels)
 
 
 @contextmanager
@@ -114,11 +117,13 @@ def _reasons() -> Iterator[None]:
         except Image.DecompressionBombError as error:
             raise UnreadableImage(_too_large()) from error
         except OSError as error:
-            raise UnreadableImage(error.strerror or str(error)) from error
-        except (
-            Exception
-        ) as error:  # broken files raise nearly anything in Pillow's parsers: struct.error, KeyError ...
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            raise UnreadableImage(error.strerror or _one_line(error)) from error
+        except Exception as error:  # on broken files Pillow's parsers raise nearly anything
+            raise UnreadableImage(f"{type(error).__name__}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _too_large() -> str:
@@ -127,6 +132,8 @@ def _too_large() -> str:
 
 def _open(encoded: bytes) -> Image.Image:
     image = Image.open(BytesIO(encoded), formats=FORMATS)  # reads the header only
+    if 0 in image.size:
+        raise UnreadableImage("no pixels")
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(_too_large())
     return image

@@ -167,15 +167,19 @@ class Photometric(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)  # (C, 1, 1)
 
     @torch.no_grad()
-    def forward(self, crops: Tensor, parameters: dict[str, np.ndarray]) -> Tensor:
-        """Return uint8 `crops` (N, C, H, W), distorted by `parameters` (see `Distortions.draw`), as float32."""
+    def forward(self, crops: Tensor, parameters: dict[str, np.ndarray] | None = None) -> Tensor:
+        """Return uint8 `crops` (N, C, H, W), distorted by `parameters` (see `Distortions.draw`), as float32.
+
+        Without `parameters`, as for the Gram teacher's crops, they are normalised only.
+        """
         normalized = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
         limit = CPU_CHUNK_ELEMENTS if crops.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
         chunk_size = max(1, limit // max(1, math.prod(crops.shape[1:])))
         for start in range(0, len(crops), chunk_size):
             rows = slice(start, start + chunk_size)
             images = crops[rows].to(torch.float32).div_(255)
-            images = self._distort(images, {name: values[rows] for name, values in parameters.items()})
+            if parameters is not None:
+                images = self._distort(images, {name: values[rows] for name, values in parameters.items()})
             torch.sub(images, self.mean, out=normalized[rows]).div_(self.std)
         return normalized
 
