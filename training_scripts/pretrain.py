@@ -19,12 +19,13 @@ def main(argv: list[str]) -> None:
 
     args = parse_arguments(SSLConfig, argv, prog="pretrain.py", description=__doc__)
 
-    from transformers import set_seed
+    from transformers import IntervalStrategy, set_seed
     from transformers.utils import logging
 
     from dinov3_hf.cli.splits import labelled_splits
     from dinov3_hf.data.sources.spec import load_images
     from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+    from dinov3_hf.training.evaluation import described
     from dinov3_hf.training.resume import find_checkpoint
     from dinov3_hf.training.ssl_trainer import SSLTrainer
 
@@ -41,8 +42,9 @@ def main(argv: list[str]) -> None:
 
     trainer = SSLTrainer(model, args, train_images, eval_images)
     trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_knn_top1" in entry}
-    if eval_images is not None and trainer.state.global_step not in evaluated:
+    evaluated = {entry["step"] for entry in trainer.state.log_history if described(entry)}
+    evaluates = eval_images is not None or args.eval_strategy != IntervalStrategy.NO
+    if evaluates and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     trainer.save_state()  # the whole log, trainer_state.json
     if trainer.is_world_process_zero():

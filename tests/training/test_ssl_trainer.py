@@ -143,14 +143,6 @@ def test_checkpoint_holds_the_teacher_and_no_pickled_arguments(tmp_path):
     assert torch.equal(heads["ibot_head.last_layer.weight"], trainer.model.teacher.ibot_head.last_layer.weight)
 
 
-def test_knn_of_the_teacher_is_an_evaluation(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.eval_dataset = tuple(load_images("digits", split=split, labelled=True) for split in ("train", "test"))
-    metrics = trainer.evaluate()
-    assert 10 < metrics["eval_knn_top1"] <= 100
-    assert trainer.state.log_history[-1]["eval_knn_top1"] == metrics["eval_knn_top1"]
-
-
 def test_last_layer_stands_still_while_frozen(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3, freeze_last_layer_steps=3)
     start = trainer.model.student.dino_head.last_layer.weight.clone()

@@ -202,7 +202,8 @@ def extract_features(
 
     prepare = _Prepare(images, processor, size)
     rows: Any = range(len(images))  # any sequence will do
-    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=prepare)
+    # A generator of its own: the loader draws a number, and a training run must not notice that it is measured.
+    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=prepare, generator=torch.Generator())
     bar = tqdm(total=len(images), desc=progress, unit=" images", disable=True if progress is None else None)
     cls, patches, grid = [], [], None
     with bar, evaluation_mode(model):

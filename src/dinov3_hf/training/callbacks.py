@@ -7,6 +7,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training.ema import update_ema
+from dinov3_hf.training.evaluation import described
 from dinov3_hf.training.schedules import TrainingSchedules
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,9 @@ class TrainingProgressCallback(ProgressCallback):
     ) -> None:
         if self.training_bar is None or not logs:
             return
-        if "eval_knn_top1" in logs:
-            self.training_bar.write(f"step {state.global_step:>7,}  kNN top-1 {logs['eval_knn_top1']:.1f} %")
+        if evaluation := described(logs):
+            values = "  ".join(f"{label} {value}" for label, value in evaluation.items())
+            self.training_bar.write(f"step {state.global_step:>7,}  {values}")
         if "loss" not in logs:
             return
         terms = "  ".join(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import IntervalStrategy, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews, check_crop_size
@@ -216,9 +216,6 @@ class SSLConfig(RecipeConfig):
     def _choose_evaluation(self) -> None:
         if self.eval_data == "auto":
             self.eval_data = "digits" if self.train_data == "digits" else None
-        if self.eval_data is None:  # the Trainer refuses to evaluate on nothing
-            self.eval_strategy = IntervalStrategy.NO
-            self.do_eval = self.eval_on_start = False
 
     def _check_numbers(self) -> None:
         if self.sinkhorn_iterations < 0:

@@ -7,7 +7,7 @@ All overrides of the Trainer's internals are in this file:
     create_optimizer        parameter groups with layer-wise rates;  create_scheduler  learning rate and weight decay
     compute_loss            crops are finished on the device, schedules enter the step
     _clip_grad_norm         one clip per sub-module
-    evaluate                k nearest neighbours on the teacher's frozen features
+    evaluate                what the evaluators among the callbacks say of the teacher
     log                     loss terms, norms, schedule values, images per second
     _save                   the training state's model, the arguments as YAML and the teacher as a model folder
 """
@@ -29,15 +29,16 @@ from dinov3_hf.data.collators import collate_views
 from dinov3_hf.data.datasets import SSLDataset
 from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import StreamSampler
-from dinov3_hf.data.sources.base import Images, ImageSource, as_source
+from dinov3_hf.data.sources.base import Images, as_source
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
 from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback, TrainingProgressCallback
 from dinov3_hf.training.clipping import clip_gradients
+from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask, described
 from dinov3_hf.training.metrics import RunningMeans
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.ssl_config import SSLConfig
-from dinov3_hf.training.teacher_folder import frozen_knn, save_teacher_folder
+from dinov3_hf.training.teacher_folder import save_teacher_folder
 
 Batch = dict[str, Any]
 
@@ -51,7 +52,7 @@ class SSLTrainer(Trainer):
         args: the recipe.
         train_images: what to learn from; labels are not looked at.
         eval_images: labelled reference and query images for the k-nearest-neighbour evaluation of the teacher.
-        callbacks: further `TrainerCallback`s.
+        callbacks: further `TrainerCallback`s; an [`Evaluator`] measures what you like.
     """
 
     model: DINOv3ForPreTraining
@@ -65,7 +66,7 @@ class SSLTrainer(Trainer):
         model: DINOv3ForPreTraining,
         args: SSLConfig,
         train_images: Images,
-        eval_images: tuple[ImageSource, ImageSource] | None = None,
+        eval_images: tuple[LabelledImages, LabelledImages] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         source = as_source(train_images, args.backbone_config().num_channels)
@@ -73,13 +74,16 @@ class SSLTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=SSLDataset(source, args.views(), args.masks(), seed=args.seed),
-            eval_dataset=eval_images,
+            eval_dataset=source if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
         self.schedules = args.schedules()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
         self.add_callback(TeacherUpdateCallback(self.schedules))
         self.add_callback(CollapseWarningCallback())
+        if eval_images is not None:
+            self.add_callback(KnnCallback(*eval_images))
+        self.add_callback(DenseHealthCallback(source))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgressCallback())
@@ -191,15 +195,18 @@ class SSLTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """k-nearest-neighbour accuracy of the teacher's CLS tokens, in percent, as `{prefix}_knn_top1`."""
-        images: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if images is None:
-            raise ValueError("evaluate needs labelled images; pass eval_images to SSLTrainer or set eval_data.")
+        """
+        What the [`Evaluator`]s among the callbacks say of the teacher, as `{prefix}_{name}`: health of its dense
+        features, k-nearest-neighbour accuracy if there are `eval_images`, and what `callbacks` adds.
+        """
+        if eval_dataset is not None:
+            raise ValueError(
+                "evaluate measures by its callbacks; add_callback(KnnCallback(reference, query)) instead."
+            )
         metrics: dict[str, float] = {}
         if self.is_world_process_zero():
-            reference, query = images
-            accuracies = frozen_knn(self.model.teacher.backbone, reference, query, self.args)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in accuracies.items()}
+            numbers = ask(self.callback_handler.callbacks, self.model.teacher.backbone, self.args)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
         metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -243,11 +250,8 @@ class SSLTrainer(Trainer):
             "global batch": args.global_batch_size,
             "crops": f"2 x {args.global_crop_size} px, {args.num_local_crops} x {args.local_crop_size} px",
         }
-        for entry in reversed(self.state.log_history):
-            if "eval_knn_top1" in entry:
-                facts["k-NN top-1 (%)"] = f"{entry['eval_knn_top1']:.1f}"
-                break
-        return facts
+        evaluations = [shown for shown in map(described, self.state.log_history) if shown]
+        return facts | evaluations[-1] if evaluations else facts
 
 
 def _has_fused_adamw(device: torch.device) -> bool:

@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import DINOv3ViTImageProcessor, PreTrainedModel
+from transformers import DINOv3ViTImageProcessor
 
-from dinov3_hf.data.sources.base import ImageSource
-from dinov3_hf.evals.features import extract_features
-from dinov3_hf.evals.knn import knn_accuracy
 from dinov3_hf.hub.model_card import write_model_card
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import SSLNetwork
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
@@ -29,7 +26,7 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path, fact
         facts: rows of the model card.
     """
     teacher.backbone.save_pretrained(folder)
-    _image_processor(args).save_pretrained(folder)
+    image_processor(args).save_pretrained(folder)
     heads = {
         f"{head}.{name}": tensor.contiguous()
         for head in HEADS
@@ -49,19 +46,8 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path, fact
     )
 
 
-def frozen_knn(
-    backbone: PreTrainedModel, reference: ImageSource, query: ImageSource, args: SSLConfig
-) -> dict[str, float]:
-    """k-nearest-neighbour accuracy in percent of `query` images among labelled `reference` images, by CLS tokens."""
-    processor = _image_processor(args)
-    reference_features, query_features = (
-        extract_features(backbone, images, processor, images.labels, batch_size=256, bf16=args.bf16)
-        for images in (reference, query)
-    )
-    return knn_accuracy(reference_features, query_features, device=args.device)
-
-
-def _image_processor(args: SSLConfig) -> DINOv3ViTImageProcessor:
+def image_processor(args: SSLConfig) -> DINOv3ViTImageProcessor:
+    """What prepares images for a network that the recipe `args` trains."""
     return build_image_processor(
         image_size=args.global_crop_size, image_mean=list(args.image_mean), image_std=list(args.image_std)
     )

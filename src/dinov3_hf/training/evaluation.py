@@ -1,0 +1,136 @@
+"""What is measured on the teacher during a run: callbacks that are asked whenever the trainer evaluates."""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+from transformers import PreTrainedModel, TrainerCallback
+
+from dinov3_hf.data.sources.base import Images
+from dinov3_hf.evals.dense_health import dense_health
+from dinov3_hf.evals.features import ImageList, Picture, center_crop, extract_features
+from dinov3_hf.evals.knn import knn_accuracy
+from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.teacher_folder import image_processor
+
+# Metric -> what people call it, and how it is written. Others are shown under their own name.
+LABELS = {
+    "eval_knn_top1": ("kNN top-1", "{:.1f} %"),
+    "eval_knn_top5": ("kNN top-5", "{:.1f} %"),
+    "eval_patch_cls_cosine": ("patch-CLS cosine", "{:.3f}"),
+    "eval_patch_similarity_entropy": ("patch-similarity entropy", "{:.3f}"),
+}
+
+
+class LabelledImages(Images, Protocol):
+    """Images with their classes, int64 (N,)."""
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+
+class Evaluator(TrainerCallback):
+    """
+    A callback that measures the teacher whenever [`SSLTrainer`] evaluates (`eval_strategy`, `eval_steps`,
+    `eval_on_start`, the end of the run). Pass one of your own in `callbacks=[...]`:
+
+    ```python
+    class FeatureNorm(Evaluator):
+        def evaluate(self, backbone, args):
+            features = extract_features(backbone, images, image_processor(args), bf16=args.bf16)
+            return {"cls_norm": float(features.cls.norm(dim=-1).mean())}
+    ```
+    """
+
+    def evaluate(self, backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+        """
+        Named numbers; they are logged as `eval_NAME`.
+
+        Args:
+            backbone: the EMA teacher's, without heads, as it is at this step. Leave its weights alone.
+            args: of the run.
+        """
+        raise NotImplementedError
+
+
+class KnnCallback(Evaluator):
+    """
+    Accuracy of the 20 nearest neighbours by CLS tokens, in percent: `eval_knn_top1`, `eval_knn_top5`.
+
+    Args:
+        reference: labelled images that vote.
+        query: labelled images whose class is asked for.
+    """
+
+    def __init__(self, reference: LabelledImages, query: LabelledImages) -> None:
+        self.reference = reference
+        self.query = query
+
+    def evaluate(self, backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+        reference, query = (
+            extract_features(backbone, images, image_processor(args), images.labels, batch_size=256, bf16=args.bf16)
+            for images in (self.reference, self.query)
+        )
+        return knn_accuracy(reference, query, device=args.device)
+
+
+class DenseHealthCallback(Evaluator):
+    """
+    Health of the dense features of a fixed sample: `eval_patch_cls_cosine`, `eval_patch_similarity_entropy`, as
+    `dinov3_hf.evals.dense_health` defines them. Needs no labels.
+
+    Args:
+        images: any images; of each the central square is used. Those that cannot be read are left out.
+        num_images: how many of them, spread evenly over all.
+    """
+
+    def __init__(self, images: Images, num_images: int = 128) -> None:
+        self.images = images
+        self.num_images = num_images
+        self._sample: list[Picture] = []
+
+    def evaluate(self, backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+        if not self._sample:
+            self._sample = self._read(args.global_crop_size)
+        features = extract_features(
+            backbone, ImageList(self._sample), image_processor(args), with_patches=True, bf16=args.bf16
+        )
+        return dense_health(features, args.device)
+
+    def _read(self, size: int) -> list[Picture]:
+        count = min(self.num_images, len(self.images))
+        sample: list[Picture] = []
+        for i in np.linspace(0, len(self.images), count, endpoint=False, dtype=np.int64).tolist():
+            try:
+                sample.append(center_crop(self.images.image(i), size))
+            except ValueError:  # the data set reports it when its turn comes
+                continue
+        if not sample:
+            raise ValueError(f"none of {count} training images can be read; look at their files.")
+        return sample
+
+
+def ask(callbacks: Iterable[TrainerCallback], backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+    """What the evaluators among `callbacks` say of the teacher's backbone.
+
+    Raises:
+        ValueError: two of them give the same name to a number.
+    """
+    metrics: dict[str, float] = {}
+    for callback in callbacks:
+        if isinstance(callback, Evaluator):
+            found = callback.evaluate(backbone, args)
+            for name in found.keys() & metrics.keys():
+                raise ValueError(f"two evaluators call a number {name}; rename one.")
+            metrics |= found
+    return metrics
+
+
+def described(logs: Mapping[str, float]) -> dict[str, str]:
+    """The numbers of an evaluation as people read them, from a log entry: `{"kNN top-1": "63.1 %"}`."""
+    shown = {}
+    for name, value in logs.items():
+        if name.startswith("eval_"):
+            label, template = LABELS.get(name, (name.removeprefix("eval_"), "{:.4g}"))
+            shown[label] = template.format(value)
+    return shown
