@@ -1,6 +1,7 @@
 """Every end of a program: its status and its one line."""
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from dinov3_hf.cli.errors import one_line, run
 from dinov3_hf.errors import ArgumentError, did_you_mean
@@ -60,6 +61,26 @@ def test_arguments_come_from_the_command_line(monkeypatch):
 
 def test_a_plain_system_error_keeps_its_text():
     assert one_line(OSError("We could not connect")) == "We could not connect"
+
+
+class Unreadable(Dataset):
+    """Every item fails as a corrupt image does: with a cause, which a worker's message repeats."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise OSError("truncated")
+        except OSError as error:
+            raise ValueError("cannot read image a.jpg: repair or remove it.") from error
+
+
+def test_an_error_in_a_data_worker_is_told_without_its_traceback():
+    with pytest.raises(ValueError) as raised:
+        next(iter(DataLoader(Unreadable(), num_workers=1)))
+    assert "Traceback" in str(raised.value)
+    assert one_line(raised.value) == "cannot read image a.jpg: repair or remove it."
 
 
 def test_did_you_mean():

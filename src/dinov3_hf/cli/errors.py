@@ -24,7 +24,11 @@ def one_line(error: BaseException) -> str:
     """What `error` says, as one line of text."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    message = " ".join(str(error).split())
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        # A data worker's error carries the worker's traceback in its message; the last line is what was raised there.
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    message = " ".join(text.split())
     if isinstance(error, USER_ERRORS) and message:
         return message
     name = type(error).__name__
