@@ -162,6 +162,8 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path):
         find_checkpoint("last", str(tmp_path / "empty"), wider)
     with pytest.raises(FileNotFoundError, match="no config"):
         find_checkpoint(str(tmp_path / "nothing"), str(tmp_path), wider)
+    with pytest.raises(ValueError, match="teacher holds a dinov3_vit model, not a checkpoint of a run"):
+        find_checkpoint(str(tmp_path / "checkpoint-1" / "teacher"), str(tmp_path), wider)
     assert find_checkpoint(None, str(tmp_path), wider) is None
 
 

@@ -40,7 +40,13 @@ def find_checkpoint(wanted: str | None, output_dir: str, config: PreTrainedConfi
         raise FileNotFoundError(
             f"{folder} is no checkpoint: it has no config.json; name a checkpoint-N folder, or use last."
         )
-    difference = _first_difference(type(config).from_pretrained(folder), config)
+    fields, _ = type(config).get_config_dict(folder)
+    found = fields.get("model_type")
+    if found != config.model_type:
+        raise ValueError(
+            f"{folder} holds a {found} model, not a checkpoint of a run; name a checkpoint-N folder, or use last."
+        )
+    difference = _first_difference(type(config).from_dict(fields), config)
     if difference is not None:
         name, saved, current = difference
         raise ValueError(
