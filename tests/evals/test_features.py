@@ -1,6 +1,7 @@
 """Features are those of the model, of every family, however the images are fed; bad input gets a clear line."""
 
 import io
+import json
 import sys
 
 import numpy as np
@@ -235,4 +236,20 @@ def test_a_damaged_model_is_named(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"the weights of .* cannot be read .*; copy or download them again"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("intermediate_size", 24, "do not fit its config.json"), ("num_hidden_layers", 9, "lack layer.")],
+)
+def test_weights_of_another_architecture_are_refused(field, value, says, tmp_path):
+    save_tiny_vit(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    fields = {
+        name: entry for name, entry in config.items() if name not in ("stage_names", "out_features", "out_indices")
+    }
+    file.write_text(json.dumps({**fields, field: value}))
+    with pytest.raises(ValueError, match=rf"^the weights of .* {says}.*; give a folder"):
         load_model(str(tmp_path))

@@ -24,6 +24,7 @@ from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 OUR_MODELS: dict[str, type[PreTrainedModel]] = {"dinov3_vit": DINOv3ViTModel, "dinov3_vit_native": DINOv3ViTModel}
 
 MODEL_FILES = ("config.json", "preprocessor_config.json")
+_SAME_MODEL = "give a folder in which both are of the same model."
 
 Picture = Image.Image | np.ndarray
 
@@ -88,7 +89,7 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
 
     Raises:
         FileNotFoundError: if `source` is a folder without a model or image processor, or a path where nothing is.
-        ValueError: if its weights cannot be read.
+        ValueError: if its weights cannot be read, or are not those that its configuration asks for.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -107,9 +108,16 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
         raise FileNotFoundError(f"there is no folder {source}, and as a Hub repository it fails: {error}") from error
     model_class = OUR_MODELS.get(config.model_type, AutoModel)
     try:
-        model: Any = model_class.from_pretrained(source, dtype=torch.float32)
+        loaded: Any = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} cannot be read ({error}); copy or download them again.") from error
+    except RuntimeError as error:  # shapes differ; transformers has logged which
+        raise ValueError(f"the weights of {source} do not fit its config.json; {_SAME_MODEL}") from error
+    model, report = loaded
+    # A tensor that is not in the file was drawn at random: what of other families may be a pooler, of ours never.
+    if config.model_type in OUR_MODELS and report["missing_keys"]:
+        name = min(report["missing_keys"])
+        raise ValueError(f"the weights of {source} lack {name}, which its config.json asks for; {_SAME_MODEL}")
     return model.to(device).eval(), AutoImageProcessor.from_pretrained(source)
 
 
