@@ -40,7 +40,7 @@ BACKBONE_ARGUMENTS = {
 }
 # The values that training takes for granted; others are declined.
 FIXED: dict[str, dict[str, Any]] = {
-    "student": {"pos_embed_type": "rope"},
+    "student": {"pos_embed_type": "rope", "fp8_enabled": False},
     "dino": {"force_weight_norm": False},
     "ibot": {"separate_head": True},
     "optim": {"optimizer": "adamw"},
@@ -56,6 +56,7 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "student": (
         *("arch", *BACKBONE_ARGUMENTS.values(), *FIXED["student"]),
         *("ffn_ratio", "in_chans", "pos_embed_rope_dtype"),  # taken from the architecture
+        *("pretrained_weights", "resume_from_teacher_chkpt", "fp8_filter"),
     ),
     "dino": (
         *("loss_weight", "global_ignore_diagonal", *HEAD, "koleo_loss_weight", "koleo_loss_distributed", "koleo_topk"),
@@ -65,20 +66,24 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "ibot": (
         *("loss_weight", *HEAD, *FIXED["ibot"]),
         *("mask_sample_probability", "mask_ratio_min_max", "mask_random_circular_shift", "head_norm_last_layer"),
+        "force_masking_even_with_zero_weight",
     ),
     "optim": (
         *("adamw_beta1", "adamw_beta2", "clip_grad", "layerwise_decay", "patch_embed_lr_mult", "scaling_rule"),
         *(*DEFAULT_OPTIM, "epochs", *FIXED["optim"]),
-        *("dino_head_wd_multiplier", "multi_tensor_optim"),
+        *("dino_head_wd_multiplier", "multi_tensor_optim", "dump_fsdp_weights_path"),
     ),
     "teacher": tuple(DEFAULT_TEACHER),
     "train": (
         *("OFFICIAL_EPOCH_LENGTH", "batch_size_per_gpu", *FIXED["train"]),
         *("seed", "num_workers", "monitor_gradient_norm", "compile", "cudagraphs", "checkpointing"),
+        *("checkpointing_full", "dataset_path", "data_config", "cache_dataset", "output_dir", "saveckp_freq"),
+        "sharded_eval_checkpoint",
     ),
     "crops": (
         *("global_crops_size", "global_crops_scale", "local_crops_size", "local_crops_scale", "local_crops_number"),
         *("gram_teacher_crops_size", "horizontal_flips", "rgb_mean", "rgb_std", *FIXED["crops"]),
+        *("localcrops_subset_of_globalcrops", "share_color_jitter", "gram_teacher_no_distortions"),
     ),
     "compute_precision": ("param_dtype",),  # the recorded steps are in float32 throughout
 }
