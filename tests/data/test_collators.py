@@ -13,7 +13,7 @@ from tests.testing_utils import FIXTURES
 RENAMED = {
     "collated_global_crops": "global_crops",
     "collated_local_crops": "local_crops",
-    "collated_gram_teacher_crops": "gram_teacher_crops",
+    "collated_gram_teacher_crops": "gram_crops",
     "collated_masks": "mask",
     "mask_indices_list": "mask_indices",
     "masks_weight": "mask_weight",

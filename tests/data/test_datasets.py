@@ -15,8 +15,9 @@ from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews
 from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import SampleKey, StreamSampler
-from dinov3_hf.data.sources.base import GivenImages
+from dinov3_hf.data.sources.base import as_source
 from dinov3_hf.data.sources.spec import load_images
+from tests.data.bad_files import encode, photo
 from tests.testing_utils import TEST_DATA, require_package, require_test_data
 
 
@@ -36,7 +37,7 @@ class RandomPictures:
 
 def ssl_dataset(images=None, batch_size=8, seed=0):
     return SSLDataset(
-        GivenImages(RandomPictures() if images is None else images, 3),
+        as_source(RandomPictures() if images is None else images, 3),
         MultiCropViews(16, 8, num_local_crops=3),
         MaskSampler(4, batch_size=batch_size, seed=seed),
         seed=seed,
@@ -55,17 +56,24 @@ def assert_equal_batches(a, b):
 
 
 @pytest.mark.invariant
-def test_number_of_workers_changes_nothing():
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("kind", ["pixels", "large JPEGs"])
+def test_number_of_workers_changes_nothing(kind, tmp_path):
+    images = None
+    if kind == "large JPEGs":  # decoded at a fraction of their size
+        for i in range(11):
+            (tmp_path / f"{i}.jpg").write_bytes(encode(photo(300, 400, seed=i), "JPEG"))
+        images = load_images(tmp_path)
+
     def batches(num_workers):
         sampler = StreamSampler(11, 32, seed=0)
-        loader = DataLoader(
-            ssl_dataset(), 8, sampler=sampler, collate_fn=collate_views, num_workers=num_workers, drop_last=True
-        )
+        dataset = ssl_dataset(images)
+        loader = DataLoader(dataset, 8, sampler=sampler, collate_fn=collate_views, num_workers=num_workers)
         return list(loader)
 
     expected = batches(0)
     assert len(expected) == 4
-    for num_workers in (1, 2):
+    for num_workers in (1, 4):
         for batch, reference in zip(batches(num_workers), expected, strict=True):
             assert_equal_batches(batch, reference)
 

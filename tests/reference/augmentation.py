@@ -14,12 +14,12 @@ from dinov3_hf.models.dinov3_vit.image_processing import IMAGE_STATISTICS
 from .compare import Comparison
 from .masking import STANDARD_ERRORS
 
-NUM_DRAWS = 4000  # images with 8 local crops
+NUM_DRAWS = 5000  # images with 8 local crops
 NOT_YET = "not in the package yet: "
 JITTER = ("brightness", "contrast", "saturation", "hue")
 LEFT_OUT = {
     "gaussian_blur/*argument*": "how the original says it; the effective probabilities are compared",
-    "measured_shapes/gram_*": NOT_YET + "crops for the Gram teacher",
+    "measured_shapes/gram_distorted/*": NOT_YET + "distorted crops for the Gram teacher",
     "measured_shapes/local_subset/*": NOT_YET + "local crops cut from the global ones",
 }
 
@@ -95,13 +95,18 @@ def _check_shares(compare: Comparison) -> None:
 
 def _check_shapes(compare: Comparison) -> None:
     """Sizes of the views, cut as large and as many as those recorded."""
-    prefix = "measured_shapes/plain"
-    global_crops, local_crops = (
-        compare.expected[f"{prefix}/{name}"].int() for name in ("global_crops", "local_crops")
-    )
-    views = MultiCropViews(int(global_crops[0, -1]), int(local_crops[0, -1]), num_local_crops=len(local_crops))
-    sample = views(np.zeros((300, 400, 3), dtype=np.uint8), np.random.default_rng(0))
-    for name in ("global_crops", "local_crops"):
-        shapes = torch.tensor([crop.shape for crop in sample[name]], dtype=torch.float64)
-        compare.check(f"{prefix}/{name}", shapes)
-    compare.check(f"{prefix}/offsets", torch.empty(0, dtype=torch.float64))  # local crops are cut from the image
+    names = {"global_crops": "global_crops", "local_crops": "local_crops", "gram_crops": "gram_teacher_crops"}
+    for case in ("plain", "gram_no_distortions"):
+        recorded = {
+            ours: compare.expected[f"measured_shapes/{case}/{native}"].int()
+            for ours, native in names.items()
+            if f"measured_shapes/{case}/{native}" in compare.expected
+        }
+        sizes = {ours.replace("crops", "crop_size"): int(shapes[0, -1]) for ours, shapes in recorded.items()}
+        views = MultiCropViews(**sizes, num_local_crops=len(recorded["local_crops"]))
+        sample = views(np.zeros((300, 400, 3), dtype=np.uint8), np.random.default_rng(0))
+        for ours in recorded:
+            shapes = torch.tensor([crop.shape for crop in sample[ours]], dtype=torch.float64)
+            compare.check(f"measured_shapes/{case}/{names[ours]}", shapes)
+        # Local crops are cut from the image, not from the global ones.
+        compare.check(f"measured_shapes/{case}/offsets", torch.empty(0, dtype=torch.float64))

@@ -14,7 +14,7 @@ from torch import Tensor
 def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the batch of `samples` (see `SSLDataset`), crop-major: crop 1 of all samples, then crop 2, and so on.
 
-    - `global_crops` uint8 (2B, C, H, W), `local_crops` uint8 (nB, C, h, w)
+    - `global_crops` uint8 (2B, C, H, W), `local_crops` uint8 (nB, C, h, w), `gram_crops` uint8 (2B, C, g, g) if any
     - `global_photometric`, `local_photometric`: numpy arrays with one row a crop
     - `mask` bool (2B, P)
     - `mask_indices` int64 (M,): masked entries of the flattened mask, ascending

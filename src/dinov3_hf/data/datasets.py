@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
-from dinov3_hf.data.decoding import UnreadableImage, open_image
+from dinov3_hf.data.decoding import Content, UnreadableImage, open_image
 from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews
 from dinov3_hf.data.sampler import SampleKey
 from dinov3_hf.data.seeding import Stream, random_generator
 from dinov3_hf.data.sources.base import ImageSource
+from dinov3_hf.data.sources.mixture import parts_of
 
 MAX_REPLACEMENTS = 20
 
@@ -28,13 +28,10 @@ class SSLDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: ImageSource, views: MultiCropViews, masks: MaskSampler, seed: int):
-        self.images = images
+        self.sources = [part.source for part in parts_of(images)]
         self.views = views
         self.masks = masks
         self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """Return what `MultiCropViews` returns, and
@@ -45,19 +42,20 @@ class SSLDataset(Dataset[dict[str, Any]]):
         Raises:
             ValueError: one image after the other cannot be read.
         """
-        unreadable: list[tuple[str, str]] = []
+        source = self.sources[key.source]
         index = key.index
+        content: Content = source.content(index) if key.content is None else key.content
+        unreadable: list[tuple[str, str]] = []
         for attempt in range(1 + MAX_REPLACEMENTS):
             rng = random_generator(self.seed, Stream.VIEWS, key.source, key.epoch, index)
             try:
-                content = self.images.content(index)
-                if not isinstance(content, np.ndarray):
-                    content = open_image(content, self.images.num_channels).decode(1)
-                views = self.views(content, rng)
+                image = content if isinstance(content, np.ndarray) else open_image(content, source.num_channels)
+                views = self.views(image, rng)
             except UnreadableImage as error:
-                unreadable.append((self.images.name(index), str(error)))
+                unreadable.append((source.name(index), str(error)))
                 draw = random_generator(self.seed, Stream.REPLACEMENTS, key.position, attempt)
-                index = int(draw.integers(len(self.images)))
+                index = int(draw.integers(len(source)))
+                content = source.content(index)
             else:
                 return views | {"mask": self.masks(key.position), "unreadable": unreadable}
         name, reason = unreadable[0]

@@ -72,14 +72,9 @@ def open_image(content: Content, num_channels: int) -> OpenedImage:
     Raises:
         UnreadableImage: empty, corrupt or truncated, not an image, or more than 134 million pixels.
     """
-    mode = MODES[num_channels]
     if isinstance(content, np.ndarray):
-        opened = opened_pixels(content)
-        pixels = opened.decode()
-        if pixels.shape[2] == num_channels:
-            return opened
-        with _reasons():
-            return opened_pixels(_pixels(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), mode))
+        return opened_pixels(_with_channels(content, num_channels))
+    mode = MODES[num_channels]
     with _reasons():
         encoded = content.read_bytes() if isinstance(content, Path) else content
         if not encoded:
@@ -101,6 +96,14 @@ def opened_pixels(pixels: np.ndarray) -> OpenedImage:
     pixels = np.require(pixels[:, :, None] if pixels.ndim == 2 else pixels, requirements=["C", "W"])
     height, width = pixels.shape[:2]
     return OpenedImage(height, width, (1,), lambda reduction: pixels)
+
+
+def _with_channels(pixels: np.ndarray, num_channels: int) -> np.ndarray:
+    if pixels.dtype != np.uint8 or pixels.shape[2:] == (num_channels,):
+        return pixels
+    with _reasons():
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
+        return _pixels(image, MODES[num_channels])
 
 
 @contextmanager
