@@ -5,6 +5,8 @@ Every function is the identity (or 1, or 0) without a process group, so callers 
 Legend: W processes, R rows of a process, `...` any further dimensions.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,6 +53,15 @@ def gather_rows(rows: Tensor) -> Tensor:
         (W * R, ...), or `rows` itself in a single process.
     """
     return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """The lists of all processes joined in the order of the ranks. Their entries must be picklable."""
+    if world_size() == 1:
+        return items
+    lists: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 def _is_distributed() -> bool:

@@ -8,16 +8,18 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.evaluation import described
+from dinov3_hf.training.guards import NonFiniteGuard
 from dinov3_hf.training.schedules import TrainingSchedules
 
 logger = logging.getLogger(__name__)
 
 
 class TeacherUpdateCallback(TrainerCallback):
-    """Moves the teacher after each optimizer step, by the momentum of that step."""
+    """Moves the teacher after each optimizer step that was taken, by the momentum of that step."""
 
-    def __init__(self, schedules: TrainingSchedules) -> None:
+    def __init__(self, schedules: TrainingSchedules, guard: NonFiniteGuard) -> None:
         self.schedules = schedules
+        self.guard = guard
 
     def on_optimizer_step(
         self,
@@ -26,6 +28,8 @@ class TeacherUpdateCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if self.guard.step_was_skipped:
+            return
         model: DINOv3ForPreTraining = kwargs["model"]
         momentum = self.schedules.at(state.global_step)["teacher_momentum"]
         update_ema(model.teacher, model.student, momentum)

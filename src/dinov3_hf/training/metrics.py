@@ -1,4 +1,4 @@
-"""Averages of per-step values between two log lines."""
+"""Values of each step on their way to the log: summed on the device, reduced, averaged between two logs."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from dinov3_hf.distributed.reductions import all_reduce_sum, world_size
 
 
-class RunningMeans:
+class StepValues:
     """
-    Sums named scalars on their device and averages them, over the values and over the ranks, when they are read.
+    Named scalars of one optimizer step, summed over its micro-batches on their device.
 
-    Nothing is copied to the host before `pop`, so a step never waits for its metrics.
+    Nothing is copied to the host before `pop`, which takes one small reduction and one copy for all names.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,11 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def pop(self) -> dict[str, float]:
-        """The means since the last call; every rank must call it, with the same names in the same order."""
+        """
+        The means over micro-batches and ranks since the last call, not finite where one of the values is not.
+
+        Every rank must call it, with the same names in the same order.
+        """
         if not self._sums:
             return {}
         means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])  # (names,)
@@ -35,3 +39,23 @@ class RunningMeans:
         names = list(self._sums)
         self._sums, self._counts = {}, {}
         return dict(zip(names, means.tolist(), strict=True))
+
+
+class RunningMeans:
+    """Averages of the values of several steps."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add the values of one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """The means over the steps since the last call."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means

@@ -198,6 +198,12 @@ class SSLConfig(RecipeConfig):
             "takes the labels that come with the training images (digits), else none."
         ),
     )
+    max_unreadable_share: float = field(
+        default=0.05,
+        metadata=orchestration(
+            "Share of the images that may be unreadable: they are left out and listed; a larger share ends the run."
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,6 +235,10 @@ class SSLConfig(RecipeConfig):
         for name in ("mask_probability", "color_jitter_probability", "greyscale_probability", "solarize_probability"):
             if not 0 <= self.__dict__[name] <= 1:
                 raise ValueError(f"{name} {self.__dict__[name]} is no probability; use a number from 0 to 1.")
+        if not 0 <= self.max_unreadable_share <= 1:
+            raise ValueError(
+                f"max_unreadable_share {self.max_unreadable_share} is no share; use a number from 0 to 1."
+            )
         for name, example in (("color_jitter", [0.4, 0.4, 0.2, 0.1]), ("blur_probabilities", [0.0, 0.9, 0.5])):
             values = self.__dict__[name]
             if len(values) != len(example) or not all(0 <= value <= 1 for value in values):

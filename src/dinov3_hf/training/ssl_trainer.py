@@ -3,12 +3,14 @@
 All overrides of the Trainer's internals are in this file:
 
     get_train_dataloader    one endless stream of samples, the same whatever ranks and accumulation
-    get_batch_samples       with accumulation, the teacher's targets are balanced over all micro-batches of a step
+    get_batch_samples       the wait for data; with accumulation, the teacher's targets are balanced over all
+                            micro-batches of a step
     create_optimizer        parameter groups with layer-wise rates;  create_scheduler  learning rate and weight decay
     compute_loss            crops are finished on the device, schedules enter the step
-    _clip_grad_norm         one clip per sub-module
+    training_step           a loss that is not finite stays out of the Trainer's own sum
+    _clip_grad_norm         one clip per sub-module; a step that is not finite is skipped
     evaluate                what the evaluators among the callbacks say of the teacher
-    log                     loss terms, norms, schedule values, images per second
+    log                     loss terms, norms, schedule values, images per second, guards
     _save                   the training state's model, the arguments as YAML and the teacher as a model folder
 """
 
@@ -30,15 +32,18 @@ from dinov3_hf.data.datasets import SSLDataset
 from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.data.sources.base import Images, as_source
+from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
 from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback, TrainingProgressCallback
 from dinov3_hf.training.clipping import clip_gradients
 from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask, described
-from dinov3_hf.training.metrics import RunningMeans
+from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
+from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_folder import save_teacher_folder
+from dinov3_hf.training.unreadable_images import UnreadableImages
 
 Batch = dict[str, Any]
 
@@ -79,15 +84,24 @@ class SSLTrainer(Trainer):
         )
         self.schedules = args.schedules()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
-        self.add_callback(TeacherUpdateCallback(self.schedules))
+        self.guard = NonFiniteGuard()
+        self.unreadable_images = UnreadableImages(
+            Path(args.output_dir or "."), len(self.train_dataset), args.max_unreadable_share
+        )
+        self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
         self.add_callback(CollapseWarningCallback())
+        self.add_callback(StarvationWarningCallback())
+        self.add_callback(self.unreadable_images)
         if eval_images is not None:
             self.add_callback(KnnCallback(*eval_images))
         self.add_callback(DenseHealthCallback(source))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgressCallback())
+        self._step_values = StepValues()
         self._means = RunningMeans()
+        self._data_wait = DataWait()
+        self._step_failures: list[tuple[str, str]] = []  # name and reason of images that could not be read
         self._last_log: tuple[float, int] | None = None  # time in seconds, step
 
     @property
@@ -122,7 +136,9 @@ class SSLTrainer(Trainer):
         The micro-batches of one optimizer step. When there are several, the teacher looks at all of them first, so
         that Sinkhorn-Knopp balances its targets over the whole batch and accumulation changes nothing but memory.
         """
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self._data_wait.waiting():
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_failures = [failure for batch in batches for failure in batch.pop("unreadable")]
         if len(batches) > 1:
             self._attach_targets(batches)
         return batches, num_items
@@ -179,18 +195,47 @@ class SSLTrainer(Trainer):
             local_loss_weight=values["local_loss_weight"],
             target=inputs.get("target"),
         )
-        self._means.add({f"loss/{name}": value for name, value in output.losses.items()})
-        self._means.add({f"prototypes/{name}_entropy": value for name, value in output.prototype_entropy.items()})
+        self._step_values.add({f"loss/{name}": value for name, value in output.losses.items()} | {"loss": output.loss})
+        self._step_values.add(
+            {f"prototypes/{name}_entropy": value for name, value in output.prototype_entropy.items()}
+        )
         return (output.loss, output) if return_outputs else output.loss
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # The log has the mean over good steps; the Trainer's own sum would stay NaN for the rest of the run.
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # the Trainer would count tokens of a language model
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip_grad_norm(self, model: nn.Module) -> float:
         norms = clip_gradients(self.submodules, self.args.max_grad_norm)
-        self._means.add({f"grad_norm/{name}": norm for name, norm in norms.items()})
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        return norm
+        self._step_values.add({f"grad_norm/{name}": norm for name, norm in norms.items()})
+        norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        self._step_values.add({"grad_norm": norm, "failures": norm.new_tensor(len(self._step_failures))})
+        return self._settle_step(self._step_values.pop())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        # The Trainer does not clip when there is no limit.
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _settle_step(self, values: dict[str, float]) -> float:
+        """
+        The last look at a step before the optimizer moves. Returns the norm of all gradients, 0 for a skipped step.
+
+        Args:
+            values: of all ranks and micro-batches, the same on every rank; so are the decisions that follow.
+        """
+        failures = gather_lists(self._step_failures) if values.pop("failures") > 0 else []
+        is_main = self.is_world_process_zero()
+        self.unreadable_images.count(self.args.global_batch_size, failures, is_main)
+        if self.guard.passes(self.state.global_step + 1, values, is_main):
+            self._means.add(values)
+            return values["grad_norm"]
+        for parameter in self.model.parameters():
+            parameter.grad = None  # AdamW then leaves weights, moments and step counts alone
+        return 0.0
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -216,11 +261,18 @@ class SSLTrainer(Trainer):
         if "loss" in logs:
             step = self.state.global_step
             values = self.schedules.at(step - 1)  # of the step just taken
+            guards = torch.tensor([self._data_wait.pop(), peak_memory(self.args.device)], device=self.args.device)
+            wait_share, peak_gib = all_reduce_max(guards).tolist()
+            del logs["loss"], logs["grad_norm"]  # skipped steps included
             logs = {
-                **logs,
                 **self._means.pop(),
+                **logs,
                 "learning_rate": values["lr"],
                 **{f"schedule/{name}": value for name, value in values.items()},
+                "guard/skipped_steps": self.guard.num_skipped,
+                "data/unreadable_images": len(self.unreadable_images.images),
+                "data/wait_share": wait_share,
+                "memory/peak_gib": peak_gib,
             }
             now = time.perf_counter()
             if self._last_log is not None:
