@@ -61,6 +61,12 @@ def test_make_targets_exist():
         run(["make", "--dry-run", target], REPOSITORY)
 
 
+def test_quickstart_takes_a_folder_with_a_space_in_its_name():
+    printed = run(["make", "--dry-run", "quickstart", "DATA=my photos"], REPOSITORY)
+    assert '--output_dir runs/quickstart --train_data "my photos"\n' in printed
+    assert 'runs/quickstart/teacher "my photos" -o' in printed
+
+
 def test_every_program_is_covered():
     programs = {command.split()[0] for command in COMMANDS}
     assert programs == {"make", "pip", "accelerate", "python", "dinov3-hf"}
