@@ -7,9 +7,9 @@ import pytest
 import typer
 
 from dinov3_hf.cli.main import build_app
-from dinov3_hf.recipes.pages import parse_yaml
 from dinov3_hf.training.arguments import merge_fields, parse_arguments
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.yaml_text import parse_yaml
 from tests.testing_utils import REPOSITORY, require_package
 
 PAGES = {page.name: page.read_text() for page in sorted((REPOSITORY / "docs").rglob("*.md"))}

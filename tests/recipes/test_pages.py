@@ -3,9 +3,10 @@
 import pytest
 
 from dinov3_hf.errors import ArgumentError
-from dinov3_hf.recipes.pages import dump_yaml, parse_yaml, read_recipe, recipe_names, recipe_summaries
+from dinov3_hf.recipes.pages import read_recipe, recipe_names, recipe_summaries
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.yaml_text import dump_yaml, parse_yaml
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
-from dinov3_hf.recipes.pages import parse_yaml, read_recipe, recipe_names
+from dinov3_hf.recipes.pages import read_recipe, recipe_names
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.yaml_text import parse_yaml
 from tests.testing_utils import FIXTURES
 
 # Half of the global crops are masked, crops, colours and the optimizer's epsilon are the same in all published runs.

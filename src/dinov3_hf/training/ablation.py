@@ -12,10 +12,10 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from dinov3_hf.errors import ArgumentError
-from dinov3_hf.recipes.pages import dump_yaml, parse_yaml
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.field_types import fit_mapping
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.yaml_text import dump_yaml, parse_yaml
 
 FULL = "full"
 METRIC = "eval_knn_top1"

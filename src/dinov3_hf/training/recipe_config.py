@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 
 from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
 from dinov3_hf.errors import ArgumentError
-from dinov3_hf.recipes.pages import dump_yaml
 from dinov3_hf.training.batch_arithmetic import micro_batch_size
 from dinov3_hf.training.precision import Precision, resolve_precision
 from dinov3_hf.training.schedules import LRScaling, Schedule, lr_scale_factor
+from dinov3_hf.yaml_text import dump_yaml
 
 CHANGES_THE_RESULT = "changes the result"
 ORCHESTRATION = "orchestration"
