@@ -61,6 +61,14 @@ def test_boxes_have_torchvisions_distribution(scale, size):
         assert kolmogorov_distance(our_values, their_values) < 1.95 * np.sqrt(2 / 5000)
 
 
+def test_global_and_local_windows_have_their_own_scale(monkeypatch):
+    scales = []
+    monkeypatch.setattr(multicrop, "random_window", lambda *args: scales.append(args[2]) or random_window(*args))
+    options = {"global_crop_scale": (0.4, 0.9), "local_crop_scale": (0.1, 0.3)}
+    MultiCropViews(16, 8, num_local_crops=3, **options)(picture(), np.random.default_rng(0))
+    assert scales == [(0.4, 0.9)] * 2 + [(0.1, 0.3)] * 3
+
+
 @pytest.mark.parametrize("size", [(20, 200), (200, 20), (7, 31), (1, 9)])
 def test_centre_window_where_no_box_fits(size):
     # With the whole area asked for, no attempt fits a long image, and the fallback is deterministic.
