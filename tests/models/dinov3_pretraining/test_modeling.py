@@ -50,7 +50,9 @@ def test_teacher_starts_as_the_student_and_stays_in_eval_mode(model):
     for (name, teacher), student in zip(model.teacher.named_parameters(), model.student.parameters(), strict=True):
         assert torch.equal(teacher, student), name
         assert not teacher.requires_grad
-    assert model.student.training and not any(module.training for module in model.teacher.modules())
+    assert model.student.training
+    for fresh in (model, DINOv3ForPreTraining(make_config())):  # also before the first train()
+        assert not any(module.training for module in fresh.teacher.modules())
 
 
 def test_every_student_parameter_gets_a_gradient_and_no_teacher_parameter(model):

@@ -108,6 +108,7 @@ class DINOv3ForPreTraining(PreTrainedModel):
         self.teacher.requires_grad_(False)
         self.post_init()
         self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.eval()  # train() may come after the first targets
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
