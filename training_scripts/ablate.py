@@ -107,7 +107,10 @@ def train(run: Run) -> Scores | str:
     if done.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), f"exit status {done.returncode}")
-    return keep_scores(run)
+    try:
+        return keep_scores(run)
+    except (OSError, ValueError) as error:  # it ended well and too early
+        return str(error)
 
 
 def minutes(seconds: float) -> str:

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from dinov3_hf.cli.errors import run as run_program
+from dinov3_hf.training.ablation import read_plan
+from dinov3_hf.training.arguments import split_words
 from tests.testing_utils import REPOSITORY, run_python
 
 SCRIPT = REPOSITORY / "training_scripts" / "ablate.py"
@@ -60,11 +63,27 @@ def test_a_plan_is_run_and_taken_up_again(tmp_path):
 
 
 @pytest.fixture
-def ablate():
+def module():
     spec = importlib.util.spec_from_file_location("ablate", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ablate(module):
     return lambda *words: run_program(module.main, list(map(str, words)))
+
+
+def test_a_run_that_leaves_no_scores_has_failed(module, tmp_path, monkeypatch):
+    script = tmp_path / "stops_at_once.py"
+    script.write_text("")
+    monkeypatch.setattr(module, "TRAINING_SCRIPT", script)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN.replace("OUTPUT", str(tmp_path / "runs")))
+    run = read_plan(str(plan), {}).runs()[0]
+    assert "trainer_state.json" in module.train(run)
+    assert not (run.folder / "result.json").exists()
 
 
 def test_without_words_it_says_what_a_plan_is(ablate, capsys):
@@ -92,3 +111,14 @@ def test_bad_input_gets_one_line_and_a_status(ablate, capsys, tmp_path, words, s
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and says in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (REPOSITORY / "docs" / "ablations.md").read_text()
+    lines = [line.partition("ablate.py ")[2] for line in page.splitlines() if line.startswith("python ")]
+    assert len(lines) >= 2
+    for line in lines:
+        path, overrides = split_words(shlex.split(line))
+        changes = {".".join(override.path): override.text for override in overrides}
+        changes.pop("jobs", None)
+        assert len(read_plan(str(REPOSITORY / path), changes).runs()) >= 24
