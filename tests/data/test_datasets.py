@@ -66,7 +66,7 @@ def test_number_of_workers_changes_nothing(kind, tmp_path):
         images = load_images(tmp_path)
 
     def batches(num_workers):
-        sampler = StreamSampler(11, 32, seed=0)
+        sampler = StreamSampler(as_source(RandomPictures() if images is None else images, 3), 32, 8, seed=0)
         dataset = ssl_dataset(images)
         loader = DataLoader(dataset, 8, sampler=sampler, collate_fn=collate_views, num_workers=num_workers)
         return list(loader)
@@ -102,7 +102,7 @@ def test_ranks_and_accumulation_change_nothing(num_ranks, accumulation):
     micro_batch = 8 // num_ranks // accumulation
 
     def batches(size, num_processes, process_index):
-        sampler = BatchSampler(StreamSampler(11, 24, seed=0), size, drop_last=True)
+        sampler = BatchSampler(StreamSampler(as_source(RandomPictures(), 3), 24, 8, seed=0), size, drop_last=True)
         shard = BatchSamplerShard(sampler, num_processes=num_processes, process_index=process_index)
         return list(DataLoader(dataset, batch_sampler=shard, collate_fn=collate_views))
 
@@ -139,7 +139,7 @@ def test_real_photos(tmp_path):
     assert {Image.open(io.BytesIO(row["image"]["bytes"])).mode for row in table.to_pylist()} == {"RGB", "L"}
 
     dataset = SSLDataset(images, MultiCropViews(48, 24), MaskSampler(6, batch_size=50, seed=0), seed=0)
-    sampler = StreamSampler(len(images), len(images), seed=0)
+    sampler = StreamSampler(images, len(images), 50, seed=0)
     distort = Photometric((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for batch in DataLoader(dataset, 50, sampler=sampler, collate_fn=collate_views, num_workers=2):
         crops = distort(batch["global_crops"], batch["global_photometric"])

@@ -5,39 +5,57 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from dinov3_hf.data.sampler import StreamSampler
+from dinov3_hf.data.sources.base import as_source
+
+
+class Numbers:
+    """As many images as one likes, which nobody looks at."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def image(self, i: int):
+        raise NotImplementedError
+
+
+def numbers(length: int):
+    return as_source(Numbers(length), 3)
 
 
 def test_every_epoch_is_another_permutation():
-    keys = list(StreamSampler(10, 30, seed=0))
+    keys = list(StreamSampler(numbers(10), 30, 8, seed=0))
     assert [key.position for key in keys] == list(range(30))
     epochs = [[key.index for key in keys[start : start + 10]] for start in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [key.index for key in StreamSampler(10, 10, seed=1)] != epochs[0]
+    assert [key.index for key in StreamSampler(numbers(10), 10, 8, seed=1)] != epochs[0]
 
 
 @pytest.mark.invariant
 @pytest.mark.parametrize("start", [0, 1, 9, 10, 17, 29, 30])
 def test_continues_as_if_it_had_never_stopped(start):
-    sampler = StreamSampler(10, 30, seed=0, start=start)
-    assert list(sampler) == list(StreamSampler(10, 30, seed=0))[start:]
+    sampler = StreamSampler(numbers(10), 30, 8, seed=0, start=start)
+    assert list(sampler) == list(StreamSampler(numbers(10), 30, 8, seed=0))[start:]
     assert len(sampler) == 30 - start
 
 
 def test_wraps_where_a_batch_is_larger_than_the_data_set():
-    indices = [key.index for key in StreamSampler(3, 8, seed=0)]
+    indices = [key.index for key in StreamSampler(numbers(3), 8, 8, seed=0)]
     assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2]
 
 
 @pytest.mark.invariant
 @pytest.mark.parametrize(("num_ranks", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_global_batches_do_not_depend_on_ranks_and_accumulation(num_ranks, accumulation):
-    whole = list(BatchSampler(StreamSampler(11, 40, seed=0), 8, drop_last=True))
+    whole = list(BatchSampler(StreamSampler(numbers(11), 40, 8, seed=0), 8, drop_last=True))
     micro_batch = 8 // num_ranks // accumulation
     shards = [
         list(
             BatchSamplerShard(
-                BatchSampler(StreamSampler(11, 40, seed=0), micro_batch, drop_last=True),
+                BatchSampler(StreamSampler(numbers(11), 40, 8, seed=0), micro_batch, drop_last=True),
                 num_processes=num_ranks,
                 process_index=rank,
             )
@@ -51,6 +69,6 @@ def test_global_batches_do_not_depend_on_ranks_and_accumulation(num_ranks, accum
 
 def test_impossible_runs():
     with pytest.raises(ValueError, match="the data set is empty"):
-        StreamSampler(0, 8, seed=0)
+        StreamSampler(numbers(0), 8, 8, seed=0)
     with pytest.raises(ValueError, match="start position 9 is not within the 8 samples"):
-        StreamSampler(4, 8, seed=0, start=9)
+        StreamSampler(numbers(4), 8, 8, seed=0, start=9)

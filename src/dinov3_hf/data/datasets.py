@@ -49,8 +49,7 @@ class SSLDataset(Dataset[dict[str, Any]]):
         for attempt in range(1 + MAX_REPLACEMENTS):
             rng = random_generator(self.seed, Stream.VIEWS, key.source, key.epoch, index)
             try:
-                image = content if isinstance(content, np.ndarray) else open_image(content, source.num_channels)
-                views = self.views(image, rng)
+                views = self.views(open_image(content, source.num_channels), rng)
             except UnreadableImage as error:
                 unreadable.append((source.name(index), str(error)))
                 draw = random_generator(self.seed, Stream.REPLACEMENTS, key.position, attempt)

@@ -6,6 +6,9 @@ from typing import NamedTuple
 from torch.utils.data import Sampler
 
 from dinov3_hf.data.seeding import Stream, random_generator
+from dinov3_hf.data.sources.base import ImageSource
+from dinov3_hf.data.sources.mixture import Draws, parts_of
+from dinov3_hf.data.sources.stream import ImageStream
 
 
 class SampleKey(NamedTuple):
@@ -22,30 +25,32 @@ class SampleKey(NamedTuple):
     position: int
     source: int
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, which nobody misses here
     content: bytes | None = None
 
 
 class StreamSampler(Sampler[SampleKey]):
-    """Yield the keys of a whole run: one permutation of the data set after the other.
+    """Yield the keys of a whole run: one permutation of each source after the other, the sources by their weights.
 
     The order is a function of `seed` alone, so a run that continues at `start` sees what it would have seen without
-    the break.
+    the break. Nothing is counted through for that, except that streams are read up to there.
 
     Args:
-        num_samples: rows of the data set; may be smaller than a batch.
+        images: what is drawn from; may be smaller than a batch.
         num_positions: samples in the run: steps x global batch size.
+        batch_size: global, over all ranks and micro-batches; sources that stay alone fill such batches.
         seed: of the run.
         start: first position.
     """
 
-    def __init__(self, num_samples: int, num_positions: int, seed: int, start: int = 0):
-        if num_samples < 1:
+    def __init__(self, images: ImageSource, num_positions: int, batch_size: int, seed: int, start: int = 0):
+        self.parts = parts_of(images)
+        if any(len(part.source) == 0 for part in self.parts):
             raise ValueError("the data set is empty; nothing can be drawn from it.")
         if not 0 <= start <= num_positions:
             raise ValueError(f"start position {start} is not within the {num_positions} samples of the run.")
-        self.num_samples = num_samples
         self.num_positions = num_positions
+        self.batch_size = batch_size
         self.seed = seed
         self.start = start
 
@@ -53,10 +58,20 @@ class StreamSampler(Sampler[SampleKey]):
         return self.num_positions - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
-        position = self.start
-        while position < self.num_positions:
-            epoch, offset = divmod(position, self.num_samples)
-            order = random_generator(self.seed, Stream.ORDER, 0, epoch).permutation(self.num_samples)
-            for index in order[offset : offset + self.num_positions - position]:
-                yield SampleKey(position, 0, epoch, int(index))
-                position += 1
+        draws = Draws(self.parts, self.batch_size)
+        counts = draws.counts(self.start)
+        samples = [self._samples(i, part.source, counts[i]) for i, part in enumerate(self.parts)]
+        order = draws.start_at(self.start)
+        for position, source in zip(range(self.start, self.num_positions), order, strict=False):
+            epoch, index, content = next(samples[source])
+            yield SampleKey(position, source, epoch, index, content)
+
+    def _samples(self, number: int, source: ImageSource, start: int) -> Iterator[tuple[int, int, bytes | None]]:
+        if isinstance(source, ImageStream):
+            yield from source.samples(self.seed, number, start)
+        epoch, offset = divmod(start, len(source))
+        while True:
+            order = random_generator(self.seed, Stream.ORDER, number, epoch).permutation(len(source))
+            for index in order[offset:]:
+                yield epoch, int(index), None
+            epoch, offset = epoch + 1, 0

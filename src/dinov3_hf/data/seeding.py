@@ -17,6 +17,7 @@ class Stream(IntEnum):
     MASK_COUNTS = 2  # key (step): which crop of the global batch has how many masked patches
     MASKS = 3  # key (step, entry): blocks of one mask
     REPLACEMENTS = 4  # key (position, attempt): which image takes the place of one that cannot be read
+    WINDOWS = 5  # key (source, epoch, first image): permutation of a window of a stream
 
 
 def random_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

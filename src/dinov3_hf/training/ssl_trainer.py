@@ -74,19 +74,19 @@ class SSLTrainer(Trainer):
         eval_images: tuple[LabelledImages, LabelledImages] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        source = as_source(train_images, args.backbone_config().num_channels)
+        self.train_images = as_source(train_images, args.backbone_config().num_channels)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SSLDataset(source, args.views(), args.masks(), seed=args.seed),
-            eval_dataset=source if eval_images is None else eval_images,  # the Trainer insists on some
+            train_dataset=SSLDataset(self.train_images, args.views(), args.masks(), seed=args.seed),
+            eval_dataset=self.train_images if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
         self.schedules = args.schedules()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
         self.guard = NonFiniteGuard()
         self.unreadable_images = UnreadableImages(
-            Path(args.output_dir or "."), len(self.train_dataset), args.max_unreadable_share
+            Path(args.output_dir or "."), self.train_images.num_images, args.max_unreadable_share
         )
         self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
         self.add_callback(CollapseWarningCallback())
@@ -94,7 +94,7 @@ class SSLTrainer(Trainer):
         self.add_callback(self.unreadable_images)
         if eval_images is not None:
             self.add_callback(KnnCallback(*eval_images))
-        self.add_callback(DenseHealthCallback(source))
+        self.add_callback(DenseHealthCallback(self.train_images))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgressCallback())
@@ -112,9 +112,8 @@ class SSLTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         args = self.args
-        sampler = StreamSampler(
-            len(self.train_dataset), num_positions=args.max_steps * args.global_batch_size, seed=args.seed
-        )
+        batch_size = args.global_batch_size
+        sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, seed=args.seed)
         loader = DataLoader(
             self.train_dataset,
             batch_size=args.per_device_train_batch_size,

@@ -4,21 +4,23 @@ Both become Arrow files in the library's cache (`HF_DATASETS_CACHE`), which are 
 the same pages, and opening them again costs nothing.
 """
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dinov3_hf.data.decoding import Content
-from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split, digest
+from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split, digest, first_line, one_line
 from dinov3_hf.errors import did_you_mean
 
 if TYPE_CHECKING:
     import datasets
 
+# OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:CONFIG:SPLIT and OWNER/NAME::SPLIT
+HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?", re.ASCII)
 IMAGE_COLUMN = "image"
 LABEL_COLUMNS = ("label", "labels", "cls")
 
@@ -58,7 +60,8 @@ class ArrowImages(ImageSource):
         return len(self.rows)
 
     def content(self, i: int) -> Content:
-        return image_content(self.rows.data.column(self.image_column)[i].as_py())
+        value = cell(self.rows.data.column(self.image_column)[i].as_py())
+        return Path(value) if isinstance(value, str) else value or b""
 
     def name(self, i: int) -> str:
         file = int(np.searchsorted(self.ends, i, side="right"))
@@ -70,11 +73,11 @@ class ArrowImages(ImageSource):
         return {"images": len(self), "names": digest(names)}
 
 
-def image_content(value: Any) -> Content:
+def cell(value: Any) -> bytes | str | None:
     """Return what a cell of an image column holds: the encoded image, or else the path of its file."""
     if isinstance(value, dict):
         value = value["path"] if value["bytes"] is None else value["bytes"]
-    return Path(value) if isinstance(value, str) else value or b""
+    return value  # type: ignore[no-any-return]
 
 
 def open_parquet(
@@ -104,38 +107,43 @@ def open_parquet(
     return ArrowImages(rows, image_column, label_column, places, data, num_channels)
 
 
-def open_hub(
-    data: str,
-    repository: str,
-    config: str | None,
-    own_split: str | None,
-    split: Split | None,
-    labelled: bool,
-    num_channels: int,
-    column: str | None = None,
+def open_rows(
+    rows: "datasets.Dataset", data: str, labelled: bool, num_channels: int, column: str | None = None
 ) -> ArrowImages:
-    """Open a data set of the Hub, from the library's cache where it has been downloaded before.
-
-    Args:
-        data: what the user wrote.
-        repository: OWNER/NAME.
-        config: of the data set; None for the only or default one.
-        own_split: the split of the data set to take as if it were all; None for the one that `split` asks for.
+    """Open the rows of a data set of the Hub (see `hub_rows`).
 
     Raises:
-        FileNotFoundError: there is no such data set or split, or the Hub cannot be reached.
-        ValueError: no image column, or no labels where they are asked for.
+        ValueError: no image column, or no labels where some are needed.
     """
-    rows = _hub_rows(data, repository, config, own_split, split)
     image_column = find_image_column(rows.features, data, column)
     label_column = find_label_column(rows.features, data) if labelled else None
     rows = rows.select_columns([image_column, *([label_column] if label_column else [])])
     return ArrowImages(rows, image_column, label_column, [(data, len(rows))], data, num_channels)
 
 
-def _hub_rows(
-    data: str, repository: str, config: str | None, own_split: str | None, split: Split | None
-) -> "datasets.Dataset":
+def hub_rows(
+    data: str,
+    repository: str,
+    config: str | None,
+    own_split: str | None,
+    split: Split | None,
+    streaming: bool = False,
+) -> Any:
+    """Return a data set of the Hub, from the library's cache where it has been downloaded before.
+
+    Args:
+        data: what the user wrote.
+        repository: OWNER/NAME.
+        config: of the data set; None for the only or default one.
+        own_split: the split of the data set to take as if it were all; None for the one that `split` asks for.
+        split: "train", "test" or None for everything.
+        streaming: return an `IterableDataset` that downloads as it is read.
+
+    Raises:
+        NoSuchSplit: there is no such split.
+        FileNotFoundError: there is no such data set, or the Hub cannot be reached.
+        ValueError: the data set cannot be read.
+    """
     load = import_datasets()
     if own_split is not None and split == "test":
         raise NoSuchSplit(f"{data} is one split of a data set and has no test images of its own.")
@@ -143,17 +151,17 @@ def _hub_rows(
     refusal: Exception | None = None
     for name in names:
         try:
-            return load.load_dataset(repository, name=config, split=name)
+            return load.load_dataset(repository, name=config, split=name, streaming=streaming)
         except ValueError as error:
             if "split" not in str(error).lower():
-                raise ValueError(f"Hub data set {data} cannot be read: {first_line(error)}") from error
+                raise ValueError(f"data set {data} of the Hub cannot be read ({first_line(error)}).") from error
             refusal = error
         except Exception as error:
             raise FileNotFoundError(
-                f"there is no folder or file {data}, and as a data set of the Hub it fails: {first_line(error)}"
+                f"there is no folder or file {data}, and as a data set of the Hub it fails: {first_line(error)}."
             ) from error
     raise NoSuchSplit(
-        f"Hub data set {data} has no split {' or '.join(names)} ({first_line(refusal)}); name one: "
+        f"data set {data} of the Hub has no split {' or '.join(names)} ({first_line(refusal)}); name one: "
         f"{repository}:{config or ''}:SPLIT."
     )
 
@@ -219,18 +227,3 @@ def import_datasets() -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
-
-
-@contextmanager
-def one_line(problem: str, remedy: str) -> Iterator[None]:
-    """Turn what the Arrow libraries raise, of many types and lengths, into one line."""
-    try:
-        yield
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{problem} ({first_line(cause)}); {remedy}.") from error
-
-
-def first_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")

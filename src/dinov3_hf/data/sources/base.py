@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -44,6 +45,11 @@ class ImageSource(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    def num_images(self) -> int | None:
+        """How many images there are; None if that cannot be known."""
+        return len(self)
 
     @abstractmethod
     def content(self, i: int) -> Content:
@@ -102,3 +108,18 @@ def digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little") + part)
     return hasher.hexdigest()[:16]
+
+
+@contextmanager
+def one_line(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what libraries raise over a broken file, of many types and lengths, into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{problem} ({first_line(error.__cause__ or error)}); {remedy}.") from error
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of an exception's message, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

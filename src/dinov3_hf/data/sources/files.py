@@ -77,25 +77,36 @@ def matching_files(pattern: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def split_word(path: Path) -> str | None:
-    """Return the word of `SPLIT_WORDS` that stands in the name of a file: `x_val-00001.parquet` -> `val`."""
-    words = re.split(r"[^a-z]+", path.name.lower())
-    return next((word for word in SPLIT_WORDS if word in words), None)
+def split_words(path: Path) -> set[str]:
+    """Return the words of a file's name: `x_val-00001.parquet` -> {"x", "val", "parquet"}."""
+    return set(re.split(r"[^a-z]+", path.name.lower())) - {""}
 
 
-def files_of_split(files: Sequence[Path], split: Split | None, data: str) -> list[Path]:
-    """Return those of `files` that belong to `split`, as their names tell.
+def files_of_split(files: Sequence[Path], split: Split | None, own_split: str | None, data: str) -> list[Path]:
+    """Return those of `files` that belong to a split, as their names tell.
 
     Files whose names all tell the same have no splits: they are all "train".
+
+    Args:
+        files: what to choose from.
+        split: "train", "test" or None for everything.
+        own_split: a word that the names of the chosen files must have; goes before `split`.
+        data: what the files are called in messages.
 
     Raises:
         NoSuchSplit: there are none.
     """
+    if own_split is not None:
+        chosen = [path for path in files if own_split in split_words(path)]
+        if not chosen:
+            raise NoSuchSplit(f"{data} has no split {own_split}: no file with that word in its name.")
+        return chosen
     if split is None:
         return list(files)
     by_word: dict[str | None, list[Path]] = {}
     for path in files:
-        by_word.setdefault(split_word(path), []).append(path)
+        words = split_words(path)
+        by_word.setdefault(next((word for word in SPLIT_WORDS if word in words), None), []).append(path)
     if len(by_word) == 1 and split == "train":
         return list(files)
     if len(by_word) > 1:
@@ -103,7 +114,7 @@ def files_of_split(files: Sequence[Path], split: Split | None, data: str) -> lis
             if word in by_word:
                 return by_word[word]
     expected = " or ".join(SPLIT_NAMES[split])
-    raise NoSuchSplit(f"{data} has no {split} images; name the files with the word {expected}.")
+    raise NoSuchSplit(f"{data} has no {split} images: no file with the word {expected} in its name.")
 
 
 def split_folder(root: Path, split: Split | None) -> Path:

@@ -1,0 +1,180 @@
+"""Images in tar files as WebDataset writes them: `KEY.jpg` beside `KEY.cls`. Nothing is unpacked.
+
+The headers of a tar file are read once; then every image is read by its place. What the headers say is kept in
+`$HF_HOME/dinov3_hf/tars`, so that the next run and the other processes need not read them again.
+"""
+
+import hashlib
+import mmap
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest, one_line
+
+NO_LABEL = -1
+LABEL_SUFFIX = ".cls"
+# Members whose header is one block; others tell more in the blocks that follow.
+PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE)
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The images of one tar file, N of them in their order, 32 bytes each.
+
+    Attributes:
+        headers: where their headers begin, int64 (N,).
+        starts: where their contents begin, int64 (N,).
+        sizes: of their contents in bytes, int64 (N,).
+        labels: their classes, int64 (N,); `NO_LABEL` where there is no `.cls` member of the same key.
+        names: digest of their names.
+    """
+
+    headers: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    names: str
+
+
+class TarImages(ImageSource):
+    """The images of tar files, in the order of the files and of their members.
+
+    With `labelled`, the classes are the whole numbers in the `.cls` members.
+    """
+
+    def __init__(self, files: Sequence[Path], data: str, labelled: bool, num_channels: int):
+        self.files = list(files)
+        self.num_channels = num_channels
+        indices = [tar_index(path) for path in self.files]
+        self.ends = np.cumsum([len(index.starts) for index in indices])
+        if self.ends[-1] == 0:
+            raise FileNotFoundError(f"{data} holds no images; their names must end in {' '.join(IMAGE_SUFFIXES)}.")
+        self.headers = np.concatenate([index.headers for index in indices])
+        self.starts = np.concatenate([index.starts for index in indices])
+        self.sizes = np.concatenate([index.sizes for index in indices])
+        self.digest = digest(index.names.encode() for index in indices)
+        if labelled:
+            labels = np.concatenate([index.labels for index in indices])
+            if (labels == NO_LABEL).any():
+                missing = self.name(int(np.argmax(labels == NO_LABEL)))
+                raise ValueError(f"{missing} has no label; labels need a {LABEL_SUFFIX} member beside each image.")
+            class_numbers, self.labels = np.unique(labels, return_inverse=True)
+            self.class_names = [str(number) for number in class_numbers]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def _file(self, i: int) -> Path:
+        return self.files[int(np.searchsorted(self.ends, i, side="right"))]
+
+    def content(self, i: int) -> bytes:
+        with self._file(i).open("rb") as file:
+            file.seek(int(self.starts[i]))
+            return file.read(int(self.sizes[i]))
+
+    def name(self, i: int) -> str:
+        path = self._file(i)
+        with path.open("rb") as file:
+            file.seek(int(self.headers[i]))
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                member = tar.next()
+        return f"{path}/{member.name if member else i}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"images": len(self), "names": self.digest}
+
+
+def tar_index(path: Path) -> TarIndex:
+    """Return where the images of a tar file are.
+
+    Raises:
+        ValueError: it is not a tar file, compressed, or cut short.
+    """
+    cached = _cache_file(path)
+    if cached.is_file():
+        with np.load(cached, allow_pickle=False) as arrays:
+            return TarIndex(
+                **{name: arrays[name] for name in arrays.files if name != "names"}, names=str(arrays["names"])
+            )
+    index = _scan(path)
+    _save(index, cached)
+    return index
+
+
+def _scan(path: Path) -> TarIndex:
+    keys: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    label_of: dict[str, int] = {}
+    names = hashlib.sha256()
+    with one_line(f"{path} cannot be read as a tar file", "copy it again, uncompressed, or leave it out"):
+        for member in _members(path):
+            folder, slash, file = member.name.rpartition("/")
+            key = folder + slash + file.partition(".")[0]  # what the members of one sample share
+            if not member.isreg() or file.startswith("."):
+                continue
+            if file.lower().endswith(IMAGE_SUFFIXES):
+                keys.append(key)
+                places.append((member.offset, member.offset_data, member.size))
+                names.update(f"{member.name}\n{member.size}\n".encode())
+            elif file.endswith(LABEL_SUFFIX):
+                label_of[key] = _label(path, member)
+    headers, starts, sizes = np.array(places, dtype=np.int64).reshape(-1, 3).T
+    labels = np.array([label_of.get(key, NO_LABEL) for key in keys], dtype=np.int64)
+    return TarIndex(headers, starts, sizes, labels, names.hexdigest())
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of a tar file; several times faster than `tarfile` walks them."""
+    with (
+        tarfile.open(path, mode="r:") as tar,
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
+    ):
+        offset = 0
+        while any(block := memory[offset : offset + tarfile.BLOCKSIZE]):  # zeros or nothing at the end
+            member = tarfile.TarInfo.frombuf(block, tar.encoding, tar.errors)
+            if member.type in tarfile.SUPPORTED_TYPES and member.type not in PLAIN_TYPES:  # long names and the like
+                file.seek(offset)
+                tar.fileobj = file
+                member = tarfile.TarInfo.fromtarfile(tar)
+                offset = tar.offset
+            else:
+                member.offset, member.offset_data = offset, offset + tarfile.BLOCKSIZE
+                num_blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
+                offset = member.offset_data + num_blocks * tarfile.BLOCKSIZE
+            if member.offset_data + member.size > len(memory):
+                raise tarfile.ReadError("it is cut short")
+            yield member
+
+
+def _label(path: Path, member: tarfile.TarInfo) -> int:
+    with path.open("rb") as file:
+        file.seek(member.offset_data)
+        text = file.read(member.size).strip()
+    if not text.isdigit():
+        raise ValueError(f"{member.name} holds {text[:20]!r} and not a whole number")
+    return int(text)
+
+
+def _cache_file(path: Path) -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    facts = path.stat()
+    key = digest([os.fsencode(path.resolve()), str(facts.st_size).encode(), str(facts.st_mtime_ns).encode()])
+    return Path(home).expanduser() / "dinov3_hf" / "tars" / f"{key}.npz"
+
+
+def _save(index: TarIndex, cached: Path) -> None:
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npz", delete=False) as file:
+            np.savez(file, **vars(index))
+        Path(file.name).replace(cached)  # another process may be writing the same
+    except OSError:  # no place for a cache: the next run reads the headers again
+        return
