@@ -26,7 +26,6 @@ def main(argv: list[str]) -> None:
     from dinov3_hf.data.sources.spec import load_images
     from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
     from dinov3_hf.training.evaluation import described
-    from dinov3_hf.training.resume import find_checkpoint
     from dinov3_hf.training.ssl_trainer import SSLTrainer
 
     logging.disable_progress_bar()  # of reading and writing model files; training keeps its own
@@ -38,10 +37,8 @@ def main(argv: list[str]) -> None:
 
     set_seed(args.seed)
     model = DINOv3ForPreTraining(args.pretraining_config())
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, model.config)
-
     trainer = SSLTrainer(model, args, train_images, eval_images)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     evaluated = {entry["step"] for entry in trainer.state.log_history if described(entry)}
     evaluates = eval_images is not None or args.eval_strategy != IntervalStrategy.NO
     if evaluates and trainer.state.global_step not in evaluated:

@@ -160,11 +160,11 @@ def test_batch_smaller_than_the_ranks(recipe, tmp_path):
     assert "error: global_batch_size 1 is smaller than the number of ranks 2" in done.stderr
 
 
-def test_checkpoint_of_another_architecture(recipe, tmp_path):
+def test_checkpoint_of_another_recipe(recipe, tmp_path):
     succeed(recipe, "--output_dir", tmp_path / "run")
     done = pretrain(
         *(recipe, "--backbone.hidden_size", 64, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "last")
     )
     assert done.returncode == 1
-    assert "hidden_size is 32 there and 64 in this recipe" in done.stderr.splitlines()[-1]
+    assert "backbone.hidden_size is 32 there and 64 here" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

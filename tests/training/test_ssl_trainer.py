@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState
 
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from dinov3_hf.training.callbacks import CollapseWarningCallback
-from dinov3_hf.training.resume import find_checkpoint
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 
@@ -105,26 +103,6 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
         torch.testing.assert_close(tensor, whole.model.get_parameter(name), rtol=1e-2, atol=2e-4, msg=name)
 
 
-def test_resume_equals_uninterrupted(tmp_path):
-    whole = make_trainer(tmp_path / "whole", max_steps=6)
-    whole.train()
-
-    class StopAfterThree(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3
-
-    first = make_trainer(tmp_path / "run", [StopAfterThree()], save_strategy="steps", save_steps=3)
-    first.train()
-    second = make_trainer(tmp_path / "run", save_strategy="steps", save_steps=3)
-    checkpoint = find_checkpoint("last", second.args.output_dir, second.model.config)
-    assert Path(checkpoint).name == "checkpoint-3"
-    second.train(resume_from_checkpoint=checkpoint)
-
-    assert losses(second) == losses(whole)
-    for name, tensor in second.model.state_dict().items():
-        assert torch.equal(tensor, whole.model.state_dict()[name]), name
-
-
 def test_checkpoint_holds_the_teacher_and_no_pickled_arguments(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
     trainer.train()
@@ -150,21 +128,6 @@ def test_last_layer_stands_still_while_frozen(tmp_path):
     trainer.train()
     assert torch.equal(trainer.model.student.dino_head.last_layer.weight, start)
     assert not torch.equal(trainer.model.student.dino_head.mlp[0].weight, other)
-
-
-def test_checkpoint_of_another_architecture_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    trainer.train()
-    wider = make_args(tmp_path, backbone={**BACKBONE, "hidden_size": 64}).pretraining_config()
-    with pytest.raises(ValueError, match="hidden_size is 32 there and 64"):
-        find_checkpoint("last", str(tmp_path), wider)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        find_checkpoint("last", str(tmp_path / "empty"), wider)
-    with pytest.raises(FileNotFoundError, match="no config"):
-        find_checkpoint(str(tmp_path / "nothing"), str(tmp_path), wider)
-    with pytest.raises(ValueError, match="teacher holds a dinov3_vit model, not a checkpoint of a run"):
-        find_checkpoint(str(tmp_path / "checkpoint-1" / "teacher"), str(tmp_path), wider)
-    assert find_checkpoint(None, str(tmp_path), wider) is None
 
 
 def test_collapse_is_warned_of_once_and_not_at_the_start(caplog):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
 from dinov3_hf.errors import ArgumentError
@@ -77,6 +78,13 @@ UNUSED_FIELDS = {
     "ignore_data_skip": "a resumed run goes on with the next image",
     "dataloader_drop_last": "the stream of images is endless, every batch is full",
     "remove_unused_columns": "the step reads every entry of a batch",
+    "save_only_model": "teacher/ in a checkpoint is the model alone; without the rest a run cannot go on",
+    "save_on_each_node": "output_dir must be on a disk that all nodes share",
+    "enable_jit_checkpoint": "it saves in the middle of a step: set save_steps",
+    "load_best_model_at_end": "the result is the teacher of the last step; those of earlier ones are in checkpoint-N",
+    "metric_for_best_model": "set save_total_limit and keep_every_steps",
+    "greater_is_better": "set save_total_limit and keep_every_steps",
+    "push_to_hub": "upload the result: hf upload OWNER/NAME OUTPUT_DIR/teacher",
     "debug": "--debug shows the traceback of an error",
 }
 
@@ -161,6 +169,14 @@ class RecipeConfig(TrainingArguments):
         default=None,
         metadata=orchestration("Go on from a checkpoint: last (the newest in output_dir) or a checkpoint folder."),
     )
+    save_total_limit: int | None = field(
+        default=None,
+        metadata=orchestration("Number of the newest checkpoints to keep; null keeps all."),
+    )
+    keep_every_steps: int | None = field(
+        default=None,
+        metadata=orchestration("Keep the checkpoints of steps that are a multiple of this, however old they are."),
+    )
     logging_steps: float = field(
         default=10,
         metadata=orchestration("Steps between two log lines (or share of the run)."),
@@ -205,7 +221,6 @@ class RecipeConfig(TrainingArguments):
         ORCHESTRATION: (
             "save_strategy",
             "save_steps",
-            "save_total_limit",
             "eval_strategy",
             "eval_steps",
             "eval_on_start",
@@ -230,6 +245,7 @@ class RecipeConfig(TrainingArguments):
         for name in ("global_batch_size", "max_steps"):
             if self.__dict__[name] < 1:
                 raise ValueError(f"{name} {self.__dict__[name]} is not positive; use 1 or more.")
+        self._check_saving()
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} is negative; use 0 for none.")
         self._parse_schedules()
@@ -249,6 +265,20 @@ class RecipeConfig(TrainingArguments):
         for name, remedy in self.UNUSED_FIELDS.items():
             if name in defaults and self._given[name] != defaults[name]:
                 raise ArgumentError(f"{name} is not read by this trainer; {remedy}.")
+
+    def _check_saving(self) -> None:
+        if self.save_strategy == SaveStrategy.BEST:
+            raise ArgumentError("save_strategy best is not supported; use steps with save_total_limit.")
+        every = self.keep_every_steps
+        if every is None:
+            return
+        if every < 1:
+            raise ValueError(f"keep_every_steps {every} is not positive; use null for none.")
+        if self.save_strategy == SaveStrategy.STEPS and self.save_steps >= 1 and every % self.save_steps:
+            raise ValueError(
+                f"keep_every_steps {every} is not a multiple of save_steps {self.save_steps:g}, so that hardly any "
+                f"checkpoint would be kept; use {int((every // self.save_steps + 1) * self.save_steps)}."
+            )
 
     def _parse_schedules(self) -> None:
         for name in self.schedule_names():
@@ -292,11 +322,26 @@ class RecipeConfig(TrainingArguments):
         for f in dataclasses.fields(self):
             if not f.init or f.name in ("learning_rate", "resume_from_checkpoint") or f.name.endswith("_token"):
                 continue
-            value = _plain(self.__dict__[f.name] if f.type is Schedule else self._given[f.name])
+            value = plain(self.__dict__[f.name] if f.type is Schedule else self._given[f.name])
             default = f.default_factory() if callable(f.default_factory) else f.default
-            if "group" in f.metadata or value != _plain(default):
+            if "group" in f.metadata or value != plain(default):
                 recipe[f.name] = value
         return recipe
+
+    @classmethod
+    def result_fields(cls, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that change the result, in one spelling: two recipes that agree in these compute the same.
+
+        Args:
+            recipe: fields as `recipe` returns them, of this or an earlier version; what it lacks has its default.
+        """
+        values = {}
+        for f in dataclasses.fields(cls):
+            if f.metadata.get("group") == CHANGES_THE_RESULT and f.name != "learning_rate":
+                default = f.default_factory() if callable(f.default_factory) else f.default
+                value = recipe.get(f.name, default)
+                values[f.name] = plain(Schedule.parse(value, f.name) if f.type is Schedule else value)
+        return values
 
     def save_yaml(self, path: str | os.PathLike[str]) -> None:
         """Writes the recipe to a YAML file, which the scripts take as their recipe."""
@@ -322,13 +367,14 @@ def _with_peak(schedule: Schedule, peak: float) -> Schedule:
     return dataclasses.replace(schedule, start=start, peak=peak, end=end)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field's value in the types of YAML: schedules and mappings as dicts, tuples as lists, choices as texts."""
     if isinstance(value, Schedule):
         return value.to_plain()
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value

@@ -1,74 +1,114 @@
 """Which checkpoint a run continues from, and whether it belongs to the run."""
 
+import json
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dinov3_hf.training.field_types import own_annotations
+from dinov3_hf.recipes.pages import read_recipe
+from dinov3_hf.training.checkpoints import checkpoints, problem
+from dinov3_hf.training.recipe_config import RecipeConfig
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+DATA = "train_data.json"
 
 
-def find_checkpoint(wanted: str | None, output_dir: str, config: PreTrainedConfig) -> str | None:
+def find_checkpoint(wanted: str | None, args: RecipeConfig, fingerprint: Mapping[str, Any]) -> Path | None:
     """
     Resolve `--resume_from_checkpoint`.
 
     Args:
-        wanted: None to start afresh, "last" for the newest checkpoint of `output_dir`, or a checkpoint folder.
-        output_dir: the run's folder.
-        config: of the model to be trained.
+        wanted: None to start afresh, "last" for the newest complete checkpoint of the run, or a checkpoint folder.
+        args: of the run.
+        fingerprint: of the images to be trained on, plain values.
 
     Returns:
-        The checkpoint folder, or None.
+        The checkpoint folder, or None. Incomplete checkpoints that "last" passes over are named in a warning.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the checkpoint holds another architecture.
+        ValueError: it is incomplete, or belongs to another recipe or other images.
     """
     if wanted is None:
         return None
-    if wanted == "last":
-        folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if folder is None:
-            raise FileNotFoundError(
-                f"{output_dir} holds no checkpoint to resume from; leave out --resume_from_checkpoint to start afresh."
-            )
-    else:
-        folder = wanted
-    config_file = Path(folder) / "config.json"
-    if not config_file.is_file():
+    folder = _newest_complete(Path(args.output_dir or ".")) if wanted == "last" else _explicit(Path(wanted))
+    _check_recipe(folder, args, fingerprint)
+    return folder
+
+
+def save_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Write down in a checkpoint which images it was trained on."""
+    (folder / DATA).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+class IntervalsOfThisRun(TrainerCallback):
+    """Logs, evaluates and saves as often as the present recipe says; the Trainer would go on as the checkpoint did."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+def _newest_complete(output_dir: Path) -> Path:
+    incomplete = []
+    for folder in reversed(checkpoints(output_dir)):
+        why = problem(folder, checksums=True)
+        if why is None:
+            if incomplete:
+                logger.warning("Ignored as incomplete: %s; going on from %s.", ", ".join(incomplete), folder.name)
+            return folder
+        incomplete.append(f"{folder.name} ({why})")
+    if incomplete:
         raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no config.json; name a checkpoint-N folder, or use last."
+            f"{output_dir} holds no complete checkpoint: {', '.join(incomplete)}; leave out --resume_from_checkpoint "
+            "to start afresh."
         )
-    fields, _ = type(config).get_config_dict(folder)
-    found = fields.get("model_type")
-    if found != config.model_type:
+    raise FileNotFoundError(
+        f"{output_dir} holds no checkpoint to resume from; leave out --resume_from_checkpoint to start afresh."
+    )
+
+
+def _explicit(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no checkpoint: there is no such folder; name a checkpoint-N, or last.")
+    why = problem(folder, checksums=True)
+    if why is not None:
+        raise ValueError(f"{folder} is no complete checkpoint: {why}; name another checkpoint-N, or last.")
+    return folder
+
+
+def _check_recipe(folder: Path, args: RecipeConfig, fingerprint: Mapping[str, Any]) -> None:
+    saved, current = (args.result_fields(recipe) for recipe in (read_recipe(str(folder / RECIPE)), args.recipe()))
+    data_file = folder / DATA
+    if data_file.is_file():  # images, wherever they lie now
+        saved["train_data"] = json.loads(data_file.read_text(encoding="utf-8"))
+        current["train_data"] = fingerprint
+    changes = ", ".join(
+        f"{name} is {there!r} there and {here!r} here" for name, there, here in _differences(saved, current)
+    )
+    if changes:
         raise ValueError(
-            f"{folder} holds a {found} model, not a checkpoint of a run; name a checkpoint-N folder, or use last."
+            f"{folder} is a checkpoint of another recipe: {changes}; resume with the recipe that wrote it "
+            f"({folder / RECIPE}), or start in another output_dir."
         )
-    difference = _first_difference(type(config).from_dict(fields), config)
-    if difference is not None:
-        name, saved, current = difference
-        raise ValueError(
-            f"{folder} is a checkpoint of another architecture: {name} is {saved!r} there and {current!r} in this "
-            "recipe; resume with the recipe that wrote it, or start in another output_dir."
-        )
-    return str(folder)
 
 
-def _first_difference(saved: Any, current: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first entry (dotted name, saved value, current value) in which two configurations differ.
+def _differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Entries (dotted name, saved value, current value) in which two nested mappings differ."""
+    if _are_mappings(saved) and _are_mappings(current) and len(saved) == len(current):
+        saved, current = dict(enumerate(saved)), dict(enumerate(current))
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        for key in {**saved, **current}:
+            yield from _differences(saved.get(key), current.get(key), f"{name}.{key}" if name else key)
+    elif saved != current:
+        yield name, saved, current
 
-    Only fields of our own classes count: the Trainer and transformers set others as they go.
-    """
-    if isinstance(saved, PreTrainedConfig) and isinstance(current, PreTrainedConfig):
-        names = own_annotations(type(current))
-        saved, current = ({key: config.__dict__[key] for key in names} for config in (saved, current))
-    if isinstance(saved, dict) and isinstance(current, dict):
-        for key in sorted(saved.keys() | current.keys()):
-            found = _first_difference(saved.get(key), current.get(key), f"{name}.{key}" if name else key)
-            if found is not None:
-                return found
-        return None
-    same = saved == (list(current) if isinstance(current, tuple) else current)  # JSON has lists only
-    return None if same else (name, saved, current)
+
+def _are_mappings(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, Mapping) for value in values)

@@ -1,5 +1,6 @@
 """Configuration of self-supervised pre-training: everything that a recipe can say."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from dinov3_hf.data.photometric import Distortions
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.training.batch_arithmetic import check_koleo_groups
 from dinov3_hf.training.field_types import fit_mapping, own_annotations
-from dinov3_hf.training.recipe_config import RecipeConfig, changes_the_result, orchestration
+from dinov3_hf.training.recipe_config import RecipeConfig, changes_the_result, orchestration, plain
 from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_steps
 
 if TYPE_CHECKING:
@@ -267,6 +268,17 @@ class SSLConfig(RecipeConfig):
                     "value for each channel."
                 )
 
+    @classmethod
+    def result_fields(cls, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import PROTOTYPE_HEAD_DEFAULTS
+
+        values = super().result_fields(recipe)
+        for head in ("dino_head", "ibot_head"):
+            values[head] = {**PROTOTYPE_HEAD_DEFAULTS, **values[head]}
+        backbone = _backbone_config(values["backbone"])
+        values["backbone"] = {name: plain(backbone.__dict__[name]) for name in own_annotations(type(backbone))}
+        return values
+
     def model_width(self) -> int:
         width: int = self.backbone_config().hidden_size
         return width
@@ -290,19 +302,7 @@ class SSLConfig(RecipeConfig):
             ArgumentError: no such preset or field, or a value of the wrong type.
             ValueError: the backbone's own checks.
         """
-        from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict
-        from dinov3_hf.models.dinov3_vit.presets import PRESETS
-
-        entries = dict(self.backbone)
-        preset = entries.pop("preset", None)
-        if preset is not None and preset not in PRESETS:
-            raise ArgumentError(f"backbone.preset {preset!r} is unknown; {did_you_mean(preset, PRESETS)}")
-        model_type = entries.get("model_type", "dinov3_vit")
-        if model_type in BACKBONES:
-            config_class, _ = BACKBONES[model_type]
-            types = own_annotations(config_class)
-            entries = fit_mapping("backbone", entries, {"model_type": str, **types})
-        return backbone_config_from_dict({**PRESETS.get(preset, {}), **entries})
+        return _backbone_config(self.backbone)
 
     def pretraining_config(self) -> "DINOv3PreTrainingConfig":
         """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""
@@ -354,3 +354,19 @@ class SSLConfig(RecipeConfig):
             batch_size=self.global_batch_size,
             seed=self.seed,
         )
+
+
+def _backbone_config(backbone: dict[str, Any]) -> PreTrainedConfig:
+    from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict
+    from dinov3_hf.models.dinov3_vit.presets import PRESETS
+
+    entries = dict(backbone)
+    preset = entries.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ArgumentError(f"backbone.preset {preset!r} is unknown; {did_you_mean(preset, PRESETS)}")
+    model_type = entries.get("model_type", "dinov3_vit")
+    if model_type in BACKBONES:
+        config_class, _ = BACKBONES[model_type]
+        types = own_annotations(config_class)
+        entries = fit_mapping("backbone", entries, {"model_type": str, **types})
+    return backbone_config_from_dict({**PRESETS.get(preset, {}), **entries})

@@ -11,9 +11,12 @@ All overrides of the Trainer's internals are in this file:
     _clip_grad_norm         one clip per sub-module; a step that is not finite is skipped
     evaluate                what the evaluators among the callbacks say of the teacher
     log                     loss terms, norms, schedule values, images per second, guards
+    train                   looks for the checkpoint to go on from, and whether it belongs to this run
+    _save_checkpoint        written beside, renamed when it is whole, older ones removed afterwards
     _save                   the training state's model, the arguments as YAML and the teacher as a model folder
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from dinov3_hf.data.collators import collate_views
 from dinov3_hf.data.datasets import SSLDataset
@@ -35,15 +39,25 @@ from dinov3_hf.data.sources.base import Images, as_source
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
 from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback, TrainingProgressCallback
+from dinov3_hf.training.checkpoints import (
+    checkpoints,
+    clean_up,
+    remove_old_checkpoints,
+    replacing_folder,
+    saving_checkpoint,
+)
 from dinov3_hf.training.clipping import clip_gradients
 from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask, described
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
+from dinov3_hf.training.resume import RECIPE, IntervalsOfThisRun, find_checkpoint, save_fingerprint
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_folder import save_teacher_folder
 from dinov3_hf.training.unreadable_images import UnreadableImages
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -74,19 +88,20 @@ class SSLTrainer(Trainer):
         eval_images: tuple[LabelledImages, LabelledImages] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        self.train_images = as_source(train_images, args.backbone_config().num_channels)
+        source = as_source(train_images, args.backbone_config().num_channels)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SSLDataset(self.train_images, args.views(), args.masks(), seed=args.seed),
-            eval_dataset=self.train_images if eval_images is None else eval_images,  # the Trainer insists on some
+            train_dataset=SSLDataset(source, args.views(), args.masks(), seed=args.seed),
+            eval_dataset=source if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
+        self.train_images = source
         self.schedules = args.schedules()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
         self.guard = NonFiniteGuard()
         self.unreadable_images = UnreadableImages(
-            Path(args.output_dir or "."), self.train_images.num_images, args.max_unreadable_share
+            Path(args.output_dir or "."), len(self.train_dataset), args.max_unreadable_share
         )
         self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
         self.add_callback(CollapseWarningCallback())
@@ -94,10 +109,12 @@ class SSLTrainer(Trainer):
         self.add_callback(self.unreadable_images)
         if eval_images is not None:
             self.add_callback(KnnCallback(*eval_images))
-        self.add_callback(DenseHealthCallback(self.train_images))
+        self.add_callback(DenseHealthCallback(source))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgressCallback())
+        self.add_callback(IntervalsOfThisRun())
+        self._staging: Path | None = None  # while a checkpoint is written
         self._step_values = StepValues()
         self._means = RunningMeans()
         self._data_wait = DataWait()
@@ -110,10 +127,58 @@ class SSLTrainer(Trainer):
         student = self.model.student
         return {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
 
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """
+        Train to `max_steps`.
+
+        Args:
+            resume_from_checkpoint: None to start afresh, "last" (or True) for the newest complete checkpoint in
+                `output_dir`, or a checkpoint folder.
+            trial: not used.
+            ignore_keys_for_eval: not used.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is incomplete, or belongs to another recipe or other images.
+            OSError: a checkpoint could not be written; the complete ones are as they were.
+        """
+        folder = self._checkpoint_to_go_on_from("last" if resume_from_checkpoint is True else resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=folder)
+
+    def _checkpoint_to_go_on_from(self, wanted: str | bool | None) -> str | None:
+        # One process looks, so that all agree; what it finds wrong is every process's error.
+        found: str | Exception | None = None
+        if self.is_world_process_zero():
+            try:
+                found = self._find_checkpoint(str(wanted) if wanted else None)
+            except Exception as error:
+                found = error
+        (found,) = broadcast_object_list([found])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _find_checkpoint(self, wanted: str | None) -> str | None:
+        output_dir = Path(self.args.output_dir or ".")
+        clean_up(output_dir)
+        folder = find_checkpoint(wanted, self.args, self.train_images.fingerprint())
+        if folder is not None:
+            return str(folder)
+        if earlier := checkpoints(output_dir):
+            logger.warning(
+                "%s holds %s of an earlier run, to be replaced; --resume_from_checkpoint last would go on from it.",
+                output_dir,
+                earlier[-1].name,
+            )
+        return None
+
     def get_train_dataloader(self) -> DataLoader[Batch]:
         args = self.args
-        batch_size = args.global_batch_size
-        sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, seed=args.seed)
+        sampler = StreamSampler(
+            len(self.train_dataset), num_positions=args.max_steps * args.global_batch_size, seed=args.seed
+        )
         loader = DataLoader(
             self.train_dataset,
             batch_size=args.per_device_train_batch_size,
@@ -280,17 +345,46 @@ class SSLTrainer(Trainer):
             self._last_log = (now, step)
         super().log(logs, start_time)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        args, step, output_dir = self.args, self.state.global_step, Path(self.args.output_dir or ".")
+        with saving_checkpoint(
+            output_dir,
+            step,
+            rank=args.process_index,
+            world_size=args.world_size,
+            wait_for_everyone=self.accelerator.wait_for_everyone,
+        ) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+        if args.should_save:
+            remove_old_checkpoints(output_dir, step, args.save_total_limit, args.keep_every_steps)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict)
-        self.args.save_yaml(folder / "recipe.yaml")
-        self.save_teacher(folder / "teacher")
+        self.args.save_yaml(folder / RECIPE)
+        save_fingerprint(folder, self.train_images.fingerprint())
+        self._write_teacher(folder / "teacher")
 
     def save_teacher(self, folder: Path) -> None:
-        """Write the teacher backbone as a model folder that plain `transformers` opens, with its heads beside it."""
+        """
+        Write the teacher backbone as a model folder that plain `transformers` opens, with its heads beside it.
+
+        Raises:
+            OSError: it could not be written; the folder is as it was.
+        """
+        with replacing_folder(folder) as staged:
+            self._write_teacher(staged)
+
+    def _write_teacher(self, folder: Path) -> None:
         save_teacher_folder(self.model.teacher, self.args, folder, facts=self._facts())
 
     def _facts(self) -> dict[str, object]:

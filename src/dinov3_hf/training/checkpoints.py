@@ -1,0 +1,265 @@
+"""Folders that are whole or not there, so that a run can be killed between any two instructions.
+
+    .checkpoint-20.saving/checkpoint-20   being written
+    checkpoint-20                         complete: fsynced, listed in its manifest.json, then renamed
+    .checkpoint-20.old                    replaced by a new checkpoint-20; comes back if that one did not
+    .checkpoint-20.deleting               being removed
+
+`manifest.json` is the last file that is written. A folder without it, or whose files are not as it says, is no
+checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinov3_hf import __version__
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_HIDDEN = re.compile(r"\.(?P<name>checkpoint-\d+|teacher)\.(?P<state>saving|old|deleting)")
+_CHUNK = 1 << 24  # bytes
+
+
+@contextmanager
+def saving_checkpoint(
+    output_dir: Path, step: int, *, rank: int, world_size: int, wait_for_everyone: Callable[[], None]
+) -> Iterator[Path]:
+    """
+    A folder in which the block writes `checkpoint-{step}`; it is moved to `output_dir` when all ranks have written.
+
+    Args:
+        output_dir: of the run, on a disk that all ranks share.
+        step: optimizer steps taken.
+        rank: of this process; rank 0 writes the manifest and moves the folder.
+        world_size: number of processes; each has written its random state when the block ends.
+        wait_for_everyone: returns when all processes have called it.
+
+    Raises:
+        OSError: the block or the move failed. Nothing is left of this checkpoint, the others are as they were.
+    """
+    target = output_dir / f"checkpoint-{step}"
+    with _replacing(target, removes=rank == 0) as staged:
+        yield staged.parent
+        wait_for_everyone()
+        if rank == 0:
+            random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{i}.pth" for i in range(world_size)]
+            missing = [name for name in random_states if not (staged / name).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is missing; output_dir must be on a disk that all ranks share")
+            write_manifest(staged, step)
+            _put_in_place(staged, target)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """
+    An empty folder of the same name, which replaces `folder` when the block ends; for one process.
+
+    Raises:
+        OSError: the block or the move failed. Nothing is left of the new folder, the old one is as it was.
+    """
+    with _replacing(folder, removes=True) as staged:
+        staged.mkdir(parents=True)
+        yield staged
+        for path in _files(staged):
+            _sync(path)
+        _put_in_place(staged, folder)
+
+
+@contextmanager
+def _replacing(target: Path, removes: bool) -> Iterator[Path]:
+    staging = _hidden(target, "saving")
+    if removes:
+        shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging / target.name
+    except BaseException as error:
+        message = _failure(target, error)  # before room is made
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, Exception):
+            raise OSError(message) from error
+        raise
+    if removes:
+        staging.rmdir()
+
+
+def _failure(target: Path, error: BaseException) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    output_dir = target.parent
+    complete = [folder.name for folder in checkpoints(output_dir) if problem(folder) is None]
+    room = f"; {_gigabytes(output_dir)} GB are free there" if output_dir.is_dir() else ""
+    remedy = (
+        f"the newest complete checkpoint is {complete[-1]}, from which --resume_from_checkpoint last goes on"
+        if complete
+        else "there is no complete checkpoint yet"
+    )
+    return f"{target.name} could not be written to {output_dir} ({reason}{room}); {remedy}."
+
+
+def _gigabytes(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 1e9:,.3f}"
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """
+    Bring every file of a checkpoint to the disk and list it, with size and checksum, in `manifest.json`.
+
+    Args:
+        folder: the checkpoint, all its files written.
+        step: optimizer steps taken.
+    """
+    files = [path for path in _files(folder) if path != folder / MANIFEST]
+    with ThreadPoolExecutor() as pool:
+        checksums = list(pool.map(_synced_checksum, files))
+    manifest = {
+        "step": step,
+        "dinov3_hf": __version__,
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum}
+            for path, checksum in zip(files, checksums, strict=True)
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(directory)
+
+
+def problem(folder: Path, checksums: bool = False) -> str | None:
+    """
+    Why a folder is no complete checkpoint, in a few words; None if it is one.
+
+    Args:
+        folder: `checkpoint-N`.
+        checksums: read all files and compare their contents too, not their sizes only.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        sums = {name: entry["crc32"] for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    if checksums:
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(_crc32, [folder / name for name in sums])
+            for name, checksum in zip(sums, found, strict=True):
+                if checksum != sums[name]:
+                    return f"{name} has other contents than were written"
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The N of `checkpoint-N`."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N`, complete or not, the oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def remove_old_checkpoints(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None) -> None:
+    """
+    Remove what the newest complete checkpoints make superfluous.
+
+    Args:
+        output_dir: of the run.
+        step: of the newest checkpoint; later ones, of a run that was taken back, stay until they are written again.
+        keep_last: number of complete checkpoints to keep; None, 0 or less keeps all.
+        keep_every: checkpoints whose step is a multiple are kept in any case.
+    """
+    if keep_last is None or keep_last <= 0:
+        return
+    folders = [folder for folder in checkpoints(output_dir) if step_of(folder) <= step]
+    complete = [folder for folder in folders if problem(folder) is None]
+    for folder in folders:
+        is_old = step_of(folder) < step_of(complete[-keep_last:][0])
+        if is_old and not (keep_every and step_of(folder) % keep_every == 0):
+            try:
+                _remove(folder)
+            except OSError as error:
+                logger.warning("%s could not be removed: %s", folder, error)
+
+
+def clean_up(output_dir: Path) -> None:
+    """Undo what killed runs left half done: for the first process of a run, before the others look."""
+    if not output_dir.is_dir():
+        return
+    for path in sorted(output_dir.iterdir()):
+        match = _HIDDEN.fullmatch(path.name)
+        if match is None:
+            continue
+        target = output_dir / match["name"]
+        if match["state"] == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path)
+
+
+def _put_in_place(staged: Path, target: Path) -> None:
+    old = _hidden(target, "old")
+    if target.exists():
+        target.rename(old)
+    staged.rename(target)
+    _sync(target.parent)
+    if old.exists():
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    # Under its own name a half-removed folder could be taken for a checkpoint.
+    doomed = _hidden(folder, "deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    name = folder.name.removeprefix(".").removesuffix(".old")
+    return folder.with_name(f".{name}.{state}")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _synced_checksum(path: Path) -> int:
+    _sync(path)
+    return _crc32(path)
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
