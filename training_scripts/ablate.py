@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from dinov3_hf.cli.errors import run as run_program
 
 if TYPE_CHECKING:
-    from dinov3_hf.training.ablation import Run, Scores
+    from dinov3_hf.training.ablation import Plan, Run, Scores
 
 TRAINING_SCRIPT = Path(__file__).with_name("pretrain.py")
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         return
 
     from dinov3_hf.errors import ArgumentError
-    from dinov3_hf.training.ablation import json_table, kept_scores, markdown_table, read_plan, rows_of
+    from dinov3_hf.training.ablation import kept_scores, read_plan
     from dinov3_hf.training.arguments import split_words
 
     path, overrides = split_words(argv)
@@ -71,17 +71,25 @@ def main(argv: list[str]) -> None:
             print(
                 f"{progress} {outcome.untrained:.1f} % -> {outcome.trained:.1f} % ({minutes(left)} left)", flush=True
             )
+            write_table(plan, scores)
 
-    rows = rows_of(plan, scores)
-    if rows:
-        table = markdown_table(rows)
-        (plan.output_dir / "table.md").write_text(table, encoding="utf-8")
-        (plan.output_dir / "table.json").write_text(json.dumps(json_table(plan, rows), indent=2), encoding="utf-8")
-        print(f"\n{table}")
+    if any(scores.values()):
+        print(f"\n{write_table(plan, scores)}")
     if failures:
         raise RuntimeError(
             f"{len(failures)} of {len(missing)} runs failed; see {failures[0].folder / 'log.txt'}, then start again."
         )
+
+
+def write_table(plan: Plan, scores: dict[str, dict[int, Scores]]) -> str:
+    """Write what is known so far; return it as people read it."""
+    from dinov3_hf.training.ablation import json_table, markdown_table, rows_of
+
+    rows = rows_of(plan, scores)
+    table = markdown_table(rows)
+    (plan.output_dir / "table.md").write_text(table, encoding="utf-8")
+    (plan.output_dir / "table.json").write_text(json.dumps(json_table(plan, rows), indent=2), encoding="utf-8")
+    return table
 
 
 def train_all(runs: list[Run], jobs: int) -> Iterator[tuple[Run, Scores | str]]:

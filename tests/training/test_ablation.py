@@ -115,7 +115,7 @@ def test_the_plan_of_the_digits_takes_off_every_part():
         ("seeds: [0, 1, 2]", "seeds: [1, 1]", "different"),
         ("seeds: [0, 1, 2]", "seeds: []", "one or several"),
         ("variants:", "variant:", "did you mean variants"),
-        ("koleo_weight: 0}", "koleo_wieght: 0}", "variant no_koleo: --koleo_wieght is no field; did you mean"),
+        ("koleo_weight: 0}", "koleo_weights: 0}", "variant no_koleo: --koleo_weights is no field; did you mean"),
         ("no_koleo:", "no/koleo:", "no/koleo"),
         ("no_koleo: {koleo_weight: 0}", "no_koleo: 0", "mapping"),
         ("no_koleo:", "full:", "is the base itself"),
