@@ -17,6 +17,7 @@ UNREADABLE = {
     "corrupt.png": "broken data stream",
     "truncated.jpg": "truncated",
     "truncated.png": "truncated",
+    "corrupt.tif": "decoder error",
     "empty.jpg": "the file is empty",
     "text.jpg": "not an image in a known format",
     "header_only.jpg": "",
@@ -61,9 +62,27 @@ def jpeg_bomb(height: int, width: int) -> bytes:
     return bytes(jpeg)
 
 
+def large_png(height: int, width: int) -> bytes:
+    """A small file that decodes to `height` x `width` grey pixels, all black: legal as long as they are few enough."""
+    body = zlib.compress(bytes((1 + width) * height), 1)  # one byte for the filter of each row
+    return png_header(height, width, colour_type=0) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
+
+
+def ycck_jpeg(image: Image.Image) -> bytes:
+    """An RGB image as Adobe's programs write CMYK: inverted, and turned into luma, chroma and black."""
+    inverted = Image.fromarray(255 - np.asarray(image)).convert("YCbCr")
+    black = Image.new("L", image.size, 255)
+    # Pillow inverts the planes and calls them CMYK; the last byte of Adobe's marker says what they are.
+    planes = [Image.fromarray(255 - np.asarray(plane)) for plane in (*inverted.split(), black)]
+    jpeg = bytearray(encode(Image.merge("CMYK", planes), "JPEG", quality=95))
+    jpeg[jpeg.index(b"Adobe") + 11] = 2
+    return bytes(jpeg)
+
+
 def unreadable_contents() -> dict[str, bytes]:
     """Encoded images by the names of `UNREADABLE`."""
     jpeg, png = encode(photo(), "JPEG"), encode(photo(), "PNG")
+    tiff = encode(photo(), "TIFF", compression="tiff_lzw")
     scan = jpeg.index(b"\xff\xda")
     idat = png.index(b"IDAT")
     return {
@@ -71,6 +90,7 @@ def unreadable_contents() -> dict[str, bytes]:
         "corrupt.png": png[: idat + 8] + b"\xff" * 40 + png[idat + 48 :],
         "truncated.jpg": jpeg[: (scan + len(jpeg)) // 2],
         "truncated.png": png[: (idat + len(png)) // 2],
+        "corrupt.tif": tiff[:200] + b"\xff" * 200 + tiff[400:],
         "empty.jpg": b"",
         "text.jpg": b"<html>404 Not Found</html>\n",
         "header_only.jpg": jpeg[:scan],
@@ -90,6 +110,7 @@ def convertible_contents() -> dict[str, bytes]:
     frames = [image, Image.fromarray(photo(seed=1))]
     return {
         "cmyk.jpg": encode(image.convert("CMYK"), "JPEG"),
+        "ycck.jpg": ycck_jpeg(image),
         "grey.jpg": encode(grey, "JPEG"),
         "progressive.jpg": encode(image, "JPEG", progressive=True),
         "rotated.jpg": encode(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=rotated),

@@ -1,6 +1,7 @@
 """Every kind of image becomes 8-bit pixels or is refused with its reason, and nothing is printed."""
 
-import tracemalloc
+import resource
+import sys
 import warnings
 import zlib
 
@@ -13,6 +14,8 @@ from tests.data.bad_files import (
     UNREADABLE,
     convertible_contents,
     encode,
+    jpeg_bomb,
+    large_png,
     photo,
     png_bomb,
     png_chunk,
@@ -71,6 +74,7 @@ def test_files_are_treated_as_their_bytes(tmp_path):
     ("name", "mean"),
     [
         ("cmyk.jpg", 2),
+        ("ycck.jpg", 3),
         ("progressive.jpg", 3),
         ("rotated.jpg", 3),
         ("pair.mpo.jpg", 3),
@@ -219,14 +223,20 @@ def test_large_images_up_to_the_limit(monkeypatch):
 
 
 def test_bombs_are_refused_before_memory_is_taken():
-    tracemalloc.start()
-    try:
-        for name in ("bomb.png", "bomb.jpg"):
-            with pytest.raises(UnreadableImage):
-                open_image(unreadable_contents()[name], 3)
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-    finally:
-        tracemalloc.stop()
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    before = peak()
+    for content in (png_bomb(60_000, 60_000), png_bomb(13_000, 13_000), jpeg_bomb(12_000, 12_000)):
+        with pytest.raises(UnreadableImage):
+            open_image(content, 3)
+    assert peak() - before < 100e6  # their pixels would take 400 MB and more
+
+
+def test_a_large_image_that_is_no_bomb():
+    content = large_png(9_500, 9_500)  # more than Pillow lets pass without a warning
+    assert len(content) < 1e6
+    assert decode(content, num_channels=1).shape == (9_500, 9_500, 1)
 
 
 def test_formats_that_start_programs_are_refused():

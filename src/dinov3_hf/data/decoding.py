@@ -3,10 +3,13 @@
 Letters: H, W height and width of an image; C channels, 3 for RGB or 1 for grey.
 """
 
+import ctypes
+import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -30,6 +33,9 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: np.rot90,
 }
+
+# What Pillow logs about a broken file would be printed in programs that have not set up their logging.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class UnreadableImage(ValueError):
@@ -135,11 +141,20 @@ def _too_large() -> str:
 
 def _open(encoded: bytes) -> Image.Image:
     image = Image.open(BytesIO(encoded), formats=FORMATS)  # reads the header only
+    if image.format == "TIFF":
+        _silence_libtiff()
     if 0 in image.size:
         raise UnreadableImage("no pixels")
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(_too_large())
     return image
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from printing what is wrong with a file, which it does not name; Pillow raises an error anyway."""
+    with suppress(AttributeError):  # a build of Pillow that hides the library's functions
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def _decode_jpeg(encoded: bytes, mode: str, reduction: int) -> np.ndarray:
@@ -178,11 +193,11 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale a grey image of 16-bit or 32-bit integers or of floats to mode L."""
     values = np.asarray(image).astype(np.float32)
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
+    finite = np.isfinite(values)
+    if not finite.any():
         raise UnreadableImage("no finite values")
-    low, high = float(finite.min()), float(finite.max())
+    low, high = float(values.min(where=finite, initial=np.inf)), float(values.max(where=finite, initial=-np.inf))
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0  # 16 bits; some versions of Pillow open them with 32
-    scaled = (values - low) * (255 / ((high - low) or 1.0))
-    return Image.fromarray(np.nan_to_num(scaled).round().clip(0, 255).astype(np.uint8))
+    values = np.nan_to_num((values - low) * (255 / ((high - low) or 1.0)))
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
