@@ -1,5 +1,6 @@
 """The order in which a run sees its samples."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,40 +30,42 @@ class SampleKey(NamedTuple):
     content: bytes | None = None
 
 
-class StreamSampler(Sampler[SampleKey]):
+class StreamSampler(Sampler[SampleKey | None]):
     """Yield the keys of a whole run: one permutation of each source after the other, the sources by their weights.
 
-    The order is a function of `seed` alone, so a run that continues at `start` sees what it would have seen without
-    the break. Nothing is counted through for that, except that streams are read up to there.
+    The order is a function of `seed` alone.
 
     Args:
         images: what is drawn from; may be smaller than a batch.
         num_positions: samples in the run: steps x global batch size.
         batch_size: global, over all ranks and micro-batches; sources that stay alone fill such batches.
         seed: of the run.
-        start: first position.
+
+    Attributes:
+        num_seen: so many samples a resumed run has seen. Their keys are None: whoever iterates drops them, so they
+            cost next to nothing, except that a stream is read up to there.
     """
 
-    def __init__(self, images: ImageSource, num_positions: int, batch_size: int, seed: int, start: int = 0):
+    def __init__(self, images: ImageSource, num_positions: int, batch_size: int, seed: int):
         self.parts = parts_of(images)
         if any(len(part.source) == 0 for part in self.parts):
             raise ValueError("the data set is empty; nothing can be drawn from it.")
-        if not 0 <= start <= num_positions:
-            raise ValueError(f"start position {start} is not within the {num_positions} samples of the run.")
         self.num_positions = num_positions
         self.batch_size = batch_size
         self.seed = seed
-        self.start = start
+        self.num_seen = 0
 
     def __len__(self) -> int:
-        return self.num_positions - self.start
+        return self.num_positions
 
-    def __iter__(self) -> Iterator[SampleKey]:
+    def __iter__(self) -> Iterator[SampleKey | None]:
+        return itertools.chain(itertools.repeat(None, self.num_seen), self._keys(self.num_seen))
+
+    def _keys(self, start: int) -> Iterator[SampleKey]:
         draws = Draws(self.parts, self.batch_size)
-        counts = draws.counts(self.start)
+        counts = draws.counts(start)
         samples = [self._samples(i, part.source, counts[i]) for i, part in enumerate(self.parts)]
-        order = draws.start_at(self.start)
-        for position, source in zip(range(self.start, self.num_positions), order, strict=False):
+        for position, source in zip(range(start, self.num_positions), draws.start_at(start), strict=False):
             epoch, index, content = next(samples[source])
             yield SampleKey(position, source, epoch, index, content)
 

@@ -1,10 +1,11 @@
-"""Callbacks of self-supervised training: the teacher's update, the collapse warning, the progress line."""
+"""Callbacks of self-supervised training: the teacher's update, the collapse warning, the progress line, resuming."""
 
 import logging
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.evaluation import described
@@ -33,6 +34,18 @@ class TeacherUpdateCallback(TrainerCallback):
         model: DINOv3ForPreTraining = kwargs["model"]
         momentum = self.schedules.at(state.global_step)["teacher_momentum"]
         update_ema(model.teacher, model.student, momentum)
+
+
+class SeenSamplesCallback(TrainerCallback):
+    """Tells the sampler of a resumed run how many samples it has seen; the Trainer then drops that many."""
+
+    def __init__(self, sampler: StreamSampler) -> None:
+        self.sampler = sampler
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.num_seen = state.global_step * self.sampler.batch_size
 
 
 class CollapseWarningCallback(TrainerCallback):
