@@ -38,7 +38,12 @@ from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.data.sources.base import Images, as_source
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
-from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback, TrainingProgressCallback
+from dinov3_hf.training.callbacks import (
+    CollapseWarningCallback,
+    SeenSamplesCallback,
+    TeacherUpdateCallback,
+    TrainingProgressCallback,
+)
 from dinov3_hf.training.checkpoints import (
     checkpoints,
     clean_up,
@@ -88,28 +93,30 @@ class SSLTrainer(Trainer):
         eval_images: tuple[LabelledImages, LabelledImages] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        source = as_source(train_images, args.backbone_config().num_channels)
+        self.train_images = as_source(train_images, args.backbone_config().num_channels)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SSLDataset(source, args.views(), args.masks(), seed=args.seed),
-            eval_dataset=source if eval_images is None else eval_images,  # the Trainer insists on some
+            train_dataset=SSLDataset(self.train_images, args.views(), args.masks(), seed=args.seed),
+            eval_dataset=self.train_images if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
-        self.train_images = source
+        batch_size = args.global_batch_size
+        self.sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, seed=args.seed)
         self.schedules = args.schedules()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
         self.guard = NonFiniteGuard()
         self.unreadable_images = UnreadableImages(
-            Path(args.output_dir or "."), len(self.train_dataset), args.max_unreadable_share
+            Path(args.output_dir or "."), self.train_images.num_images, args.max_unreadable_share
         )
+        self.add_callback(SeenSamplesCallback(self.sampler))
         self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
         self.add_callback(CollapseWarningCallback())
         self.add_callback(StarvationWarningCallback())
         self.add_callback(self.unreadable_images)
         if eval_images is not None:
             self.add_callback(KnnCallback(*eval_images))
-        self.add_callback(DenseHealthCallback(source))
+        self.add_callback(DenseHealthCallback(self.train_images))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgressCallback())
@@ -176,13 +183,10 @@ class SSLTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         args = self.args
-        sampler = StreamSampler(
-            len(self.train_dataset), num_positions=args.max_steps * args.global_batch_size, seed=args.seed
-        )
         loader = DataLoader(
             self.train_dataset,
             batch_size=args.per_device_train_batch_size,
-            sampler=sampler,
+            sampler=self.sampler,
             collate_fn=collate_views,
             drop_last=True,
             num_workers=args.dataloader_num_workers,
