@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
 
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
-from dinov3_hf.training.callbacks import CollapseWarningCallback
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 
@@ -130,17 +128,3 @@ def test_last_layer_stands_still_while_frozen(tmp_path):
     assert not torch.equal(trainer.model.student.dino_head.mlp[0].weight, other)
 
 
-def test_collapse_is_warned_of_once_and_not_at_the_start(caplog):
-    callback, control = CollapseWarningCallback(), TrainerControl()
-    entropies = {1: 0.0, 2: 0.05, 5: 0.8, 6: 0.02, 7: 0.01, 8: 0.5, 9: 0.0}
-    for step, entropy in entropies.items():
-        state = TrainerState(global_step=step, max_steps=100)
-        callback.on_log(None, state, control, logs={"prototypes/dino_entropy": entropy})
-    assert [record.args[0] for record in caplog.records] == [6, 9]
-
-    caplog.clear()
-    callback = CollapseWarningCallback()  # never healthy
-    for step in range(1, 30):
-        state = TrainerState(global_step=step, max_steps=100)
-        callback.on_log(None, state, control, logs={"prototypes/ibot_entropy": 0.0})
-    assert [record.args[0] for record in caplog.records] == [11]

@@ -1,6 +1,7 @@
 """Callbacks of self-supervised training: the teacher's update, the collapse warning, the progress line, resuming."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -48,21 +49,33 @@ class SeenSamplesCallback(TrainerCallback):
         self.sampler.num_seen = state.global_step * self.sampler.batch_size
 
 
+@dataclass
+class _PrototypeUse:
+    """What `CollapseWarningCallback` remembers of a head."""
+
+    was_spread: bool = False
+    low_since: int | None = None  # step
+    has_warned: bool = False
+
+
 class CollapseWarningCallback(TrainerCallback):
     """
-    Warns when the teacher gives nearly all images, or all masked patches, to a handful of prototypes.
+    Warns when the teacher gives nearly all images, or all masked patches, to a handful of prototypes and goes on so.
 
-    One warning a head for each time that `prototypes/*_entropy` falls below the threshold. A network that starts
-    with a small LayerScale sees no difference between images yet: until a tenth of the run is over, low values count
-    only once they have been higher.
+    Once `prototypes/*_entropy` has been above `spread`, 50 steps below `collapsed` are a collapse. A network that
+    starts with a small LayerScale sees no difference between images yet: before the entropy has risen, low values
+    count only after a tenth of the run, and 500 steps at least. One warning a head until the entropy has recovered.
     """
 
-    threshold = 0.1
-    grace = 0.1  # share of the run
+    collapsed = 0.1
+    spread = 0.2
+    patience = 50  # steps
+    first_patience = 500  # steps
+    first_patience_share = 0.1  # of the run
 
     def __init__(self) -> None:
-        self._armed: set[str] = set()
-        self._grace_is_over = False
+        self._uses = {"dino": _PrototypeUse(), "ibot": _PrototypeUse()}
+        self._last_log = 0  # step
 
     def on_log(
         self,
@@ -72,29 +85,32 @@ class CollapseWarningCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._is_first_log_after_grace(state):
-            self._armed = {"dino", "ibot"}
-        for head in ("dino", "ibot"):
+        for head, use in self._uses.items():
             entropy = (logs or {}).get(f"prototypes/{head}_entropy")
             if entropy is None:
                 continue
-            if entropy >= self.threshold:
-                self._armed.add(head)
-            elif head in self._armed:
-                self._armed.discard(head)
+            if entropy >= self.spread:
+                use.was_spread, use.has_warned = True, False
+            if entropy >= self.collapsed:
+                use.low_since = None
+                continue
+            if use.low_since is None:
+                use.low_since = self._last_log
+            num_steps = state.global_step - use.low_since
+            if num_steps >= self._patience(use, state) and not use.has_warned and state.is_world_process_zero:
+                use.has_warned = True
                 logger.warning(
-                    "Step %d: the %s head is collapsing, its prototype entropy is %.3f (1 is even use). Lower the "
-                    "learning rate, lengthen the warm-up, or enlarge the global batch.",
-                    state.global_step,
-                    head,
-                    entropy,
+                    "step %d: the %s head has collapsed, prototypes/%s_entropy has been below %g for %d steps (1 is "
+                    "even use). Lower the learning rate, lengthen the warm-up, or enlarge the global batch.",
+                    *(state.global_step, head, head, self.collapsed, num_steps),
                 )
+        if "loss" in (logs or {}):
+            self._last_log = state.global_step
 
-    def _is_first_log_after_grace(self, state: TrainerState) -> bool:
-        if self._grace_is_over or state.global_step <= self.grace * state.max_steps:
-            return False
-        self._grace_is_over = True
-        return True
+    def _patience(self, use: _PrototypeUse, state: TrainerState) -> float:
+        if use.was_spread:
+            return self.patience
+        return max(self.first_patience, self.first_patience_share * state.max_steps)
 
 
 class TrainingProgressCallback(ProgressCallback):
