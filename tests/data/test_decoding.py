@@ -149,8 +149,12 @@ def test_images_are_turned_upright(format, orientation, tmp_path):
     assert {1} | UPRIGHT.keys() == set(range(1, 9))
 
 
-def test_broken_exif_leaves_an_image_as_it_is():
-    content = encode(PHOTO, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01")
+@pytest.mark.parametrize("orientation", [0, 9, 65535, None])
+def test_broken_exif_leaves_an_image_as_it_is(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    broken = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01"
+    content = encode(PHOTO, "JPEG", exif=broken if orientation is None else exif)
     assert_close(decode(content), PHOTO, 3)
 
 

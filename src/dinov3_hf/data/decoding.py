@@ -176,9 +176,9 @@ def _pixels(image: Image.Image, mode: str) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation: int = image.getexif().get(EXIF_ORIENTATION, 1)
+        return orientation if orientation in UPRIGHT else 1
     except Exception:  # broken EXIF data of an image that is fine
         return 1
-    return orientation
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
