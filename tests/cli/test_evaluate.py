@@ -140,6 +140,24 @@ def test_bad_input_gets_one_line(arguments, says, model, photos, tmp_path, capsy
     assert says in error
 
 
+def test_unreadable_images_are_left_out_and_named(model, tmp_path, capsys):
+    save_labelled_images(tmp_path / "photos", num_images=30)
+    (tmp_path / "photos" / "dark" / "00.png").write_bytes(b"")
+    command = ("evaluate", "knn", model, "--data", tmp_path / "photos", "--k", "3", "--json")
+    status, page, error = run_in_process(capsys, *command)
+    assert status == 0
+    facts = json.loads(page)
+    assert (facts["num_train"] + facts["num_test"], facts["num_unreadable"]) == (59, 1)
+    assert facts["knn"]["3"]["knn_top1"] == 100
+    first, second = error.splitlines()
+    assert (
+        first.startswith("1 of ") and "images were left out" in first and "dark/00.png (the file is empty)" in second
+    )
+    status, page, error = run_in_process(capsys, *command, "--max_unreadable_share", "0.01")
+    assert (status, page) == (1, "") and error.count("\n") == 1
+    assert "more than max_unreadable_share 0.01 allows; the first: cannot read image" in error
+
+
 @require_test_data
 @require_package("pyarrow")
 def test_real_photos_of_a_user(model, tmp_path, capsys):

@@ -199,6 +199,33 @@ def test_an_unreadable_image_is_named_in_one_line(num_workers, tmp_path):
         extract_features(model, Unreadable(), processor, batch_size=2, num_workers=num_workers)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])  # one: a batch with nothing in it
+def test_unreadable_images_and_their_labels_are_left_out(num_workers, batch_size, tmp_path):
+    model = save_tiny_vit(tmp_path)
+    _, processor = load_model(str(tmp_path))
+    settings = {"batch_size": batch_size, "num_workers": num_workers, "with_patches": True}
+    found = extract_features(model, Unreadable(), processor, range(6), max_unreadable_share=0.2, **settings)
+    assert found.unreadable == ("cannot read image 3",)
+    assert found.labels.tolist() == [0, 1, 2, 4, 5]
+    whole = extract_features(model, ImageList(pictures(1) * 5), processor, **settings)
+    torch.testing.assert_close(found.cls, whole.cls)
+    torch.testing.assert_close(found.patches, whole.patches)
+    with pytest.raises(ValueError, match=r"^1 of 6 images cannot be read, more than max_unreadable_share 0.1 .* 3$"):
+        extract_features(model, Unreadable(), processor, max_unreadable_share=0.1, **settings)
+
+
+def test_images_none_of_which_can_be_read(tmp_path):
+    class Nothing(Unreadable):
+        def image(self, i):
+            raise ValueError(f"cannot read image {i}")
+
+    model = save_tiny_vit(tmp_path)
+    _, processor = load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="6 of 6 images cannot be read"):
+        extract_features(model, Nothing(), processor, max_unreadable_share=1.0)
+
+
 def test_images_that_do_not_fit(tmp_path):
     model = save_tiny_vit(tmp_path, num_channels=1)
     _, processor = load_model(str(tmp_path))

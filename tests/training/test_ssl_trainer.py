@@ -126,5 +126,3 @@ def test_last_layer_stands_still_while_frozen(tmp_path):
     trainer.train()
     assert torch.equal(trainer.model.student.dino_head.last_layer.weight, start)
     assert not torch.equal(trainer.model.student.dino_head.mlp[0].weight, other)
-
-

@@ -1,8 +1,8 @@
 """The list of unreadable images, and when it ends a run: by itself, and in runs on folders with real bad files."""
 
+import itertools
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,13 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerState
 
 from dinov3_hf.data.sources.folder import FolderImages
+from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.distributed.reductions import rank
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.training.evaluation import KnnCallback
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 from dinov3_hf.training.unreadable_images import UnreadableImages
-from tests.data.bad_files import UNREADABLE, photo, save_unreadable
+from tests.data.bad_files import UNREADABLE, photo, unreadable_contents
 from tests.reference.processes import run_in_processes
 from tests.training.test_guards import free_port
 from tests.training.test_ssl_trainer import make_args
@@ -29,10 +31,10 @@ def save_photos(folder: Path, num_good: int, num_bad: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(num_good):
         Image.fromarray(photo(24, 32, seed=i)).save(folder / f"good{i:04}.jpg")
-    kinds = save_unreadable(folder.parent / "kinds")
-    bad = [folder / f"bad{i:04}_{kinds[i % len(kinds)].name}" for i in range(num_bad)]
-    for i, path in enumerate(bad):
-        shutil.copy(kinds[i % len(kinds)], path)
+    bad = []
+    for i, (name, content) in zip(range(num_bad), itertools.cycle(unreadable_contents().items()), strict=False):
+        bad.append(folder / f"bad{i:04}_{name}")
+        bad[-1].write_bytes(content)
     return [str(path) for path in bad]
 
 
@@ -56,17 +58,20 @@ def photo_trainer(photos: Path, output_dir: Path, callbacks=None, **fields) -> S
 
 
 def test_three_per_cent_are_left_out_and_named(tmp_path, caplog):
-    bad = save_photos(tmp_path / "photos", 291, 9)
-    assert {Path(name).name.split("_", 1)[1] for name in bad} == set(UNREADABLE)
-    trainer = photo_trainer(tmp_path / "photos", tmp_path / "run", max_steps=25, global_batch_size=12)  # one epoch
+    num_bad = len(UNREADABLE)  # of every kind
+    num_images = num_bad * 33 // 12 * 12
+    bad = save_photos(tmp_path / "photos", num_images - num_bad, num_bad)
+    one_epoch = num_images // 12
+    trainer = photo_trainer(tmp_path / "photos", tmp_path / "run", max_steps=one_epoch, global_batch_size=12)
     trainer.train()
     entries = report(tmp_path / "run")
     assert sorted(entries) == bad
     assert all(entry["reason"] and entry["times"] >= 1 for entry in entries.values())
-    assert trainer.state.log_history[-2]["data/unreadable_images"] == 9
+    assert trainer.state.log_history[-2]["data/unreadable_images"] == num_bad
     first, last = messages(caplog)
     assert first.startswith(f"{next(iter(entries))} cannot be read (") and "unreadable_images.jsonl" in first
-    assert last == f"9 of 300 images could not be read, see {tmp_path / 'run' / 'unreadable_images.jsonl'}"
+    path = tmp_path / "run" / "unreadable_images.jsonl"
+    assert last == f"{num_bad} of {num_images} images could not be read, see {path}"
 
 
 def test_eight_per_cent_end_the_run_early(tmp_path):
@@ -121,6 +126,20 @@ def test_two_ranks_keep_one_list(tmp_path):
     assert first["count"] == second["count"] == 9
     lines = (tmp_path / "run" / "unreadable_images.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["name"] for line in lines) == bad
+
+
+def test_evaluation_leaves_unreadable_images_out(tmp_path, caplog):
+    for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        save_photos(tmp_path / "photos" / split / name, 30, 0)
+    (tmp_path / "photos" / "train" / "a" / "good0007.jpg").write_bytes(b"")
+    images = [load_images(tmp_path / "photos", split, labelled=True) for split in ("train", "test")]
+    trainer = photo_trainer(tmp_path / "photos" / "train" / "b", tmp_path / "run")
+    trainer.add_callback(KnnCallback(*images))
+    for _ in range(2):
+        assert 0 < trainer.evaluate()["eval_knn_top1"] <= 100
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "dinov3_hf.training.evaluation"]
+    assert message.startswith("1 of 120 images could not be read, the evaluation leaves them out; the first: cannot ")
+    assert "good0007.jpg (the file is empty)" in message
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------

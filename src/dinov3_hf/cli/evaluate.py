@@ -4,6 +4,8 @@ What needs torch is imported inside the commands, so that help pages and mistype
 """
 
 import json
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +15,7 @@ from rich.table import Table
 
 # The numbers of neighbours of published kNN results; 20 is usually best.
 KS = [10, 20, 100, 200]
+MAX_NAMED = 10  # images that could not be read, in a message
 
 tasks = typer.Typer(rich_markup_mode="markdown")
 
@@ -45,6 +48,15 @@ def knn(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images a forward pass.")] = 64,
     num_workers: Annotated[int, typer.Option("--num_workers", min=0, help="Processes that read images.")] = 0,
+    max_unreadable_share: Annotated[
+        float,
+        typer.Option(
+            "--max_unreadable_share",
+            min=0,
+            max=1,
+            help="Share of the images that may be unreadable; they are left out and named.",
+        ),
+    ] = 0.05,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run the model in bfloat16.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
@@ -63,18 +75,28 @@ def knn(
     side = size or input_size(processor)
     patch_grid(network, side, side)  # refuses a size that does not divide before all the images are listed
     train, test = labelled_splits(data, network.config.num_channels, side)
-    settings: dict[str, Any] = {"size": side, "batch_size": batch_size, "num_workers": num_workers, "bf16": bf16}
+    settings: dict[str, Any] = {
+        "size": side,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "bf16": bf16,
+        "max_unreadable_share": max_unreadable_share,
+    }
     train_features, test_features = (
         extract_features(network, part, processor, part.labels, progress=name, **settings)
         for name, part in (("training images", train), ("test images", test))
     )
+    for features, part, name in ((train_features, train, "training"), (test_features, test, "test")):
+        if features.unreadable:
+            warn_of_unreadable(features.unreadable, len(part), name)
     accuracies = knn_accuracies(train_features, test_features, k, temperature, network.device)
     facts = {
         "model": model,
         "data": data,
         "size": side,
-        "num_train": len(train),
-        "num_test": len(test),
+        "num_train": len(train_features.cls),
+        "num_test": len(test_features.cls),
+        "num_unreadable": len(train_features.unreadable) + len(test_features.unreadable),
         "num_classes": len(train.class_names),
         "knn": accuracies,
     }
@@ -82,6 +104,15 @@ def knn(
         print(json.dumps(facts, indent=2))
     else:
         show(facts)
+
+
+def warn_of_unreadable(messages: Sequence[str], num_images: int, name: str) -> None:
+    """Say on the error output which images were left out, at most ten of them by name."""
+    print(f"{len(messages)} of {num_images} {name} images were left out:", file=sys.stderr)
+    for message in messages[:MAX_NAMED]:
+        print(f"  {message}", file=sys.stderr)
+    if len(messages) > MAX_NAMED:
+        print(f"  and {len(messages) - MAX_NAMED} more", file=sys.stderr)
 
 
 def show(facts: dict[str, Any]) -> None:

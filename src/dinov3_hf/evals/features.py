@@ -59,12 +59,14 @@ class Features:
         labels: the class of each image, int64 (N,), if it was given.
         patches: the normalised patch tokens, row by row from the top left, float32 (N, P, D), if they were asked for.
         grid: rows and columns of the patches (h, w), P = h * w, if they were asked for.
+        unreadable: a message for each further image that could not be read and is left out of the above.
     """
 
     cls: Tensor
     labels: Tensor | None = None
     patches: Tensor | None = None
     grid: tuple[int, int] | None = None
+    unreadable: tuple[str, ...] = ()
 
     def patch_maps(self) -> Tensor:
         """The patch tokens in their places, float32 (N, h, w, D).
@@ -183,6 +185,7 @@ def extract_features(
     num_workers: int = 0,
     bf16: bool = False,
     progress: str | None = None,
+    max_unreadable_share: float = 0.0,
 ) -> Features:
     """Features of `images` by `model`, which is put in evaluation mode for the while.
 
@@ -197,10 +200,12 @@ def extract_features(
         num_workers: processes that read and prepare images; 0 does it in this one.
         bf16: run the model in bfloat16 autocast; the features are float32 in any case.
         progress: what the progress bar is called (shown in a terminal only); `None` shows none.
+        max_unreadable_share: share of the images, in [0, 1], that may be unreadable; they and their labels are left
+            out, so that the features are fewer than N.
 
     Raises:
-        ValueError: if there are no images or one cannot be read, if `labels` are not as many, if a side is no multiple
-            of the patch size, or if processor and model disagree about the number of channels.
+        ValueError: if there are no images or too many cannot be read, if `labels` are not as many, if a side is no
+            multiple of the patch size, or if processor and model disagree about the number of channels.
     """
     if len(images) == 0:
         raise ValueError("there are no images to compute features of.")
@@ -214,10 +219,17 @@ def extract_features(
     loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=prepare, generator=torch.Generator())
     bar = tqdm(total=len(images), desc=progress, unit=" images", disable=True if progress is None else None)
     cls, patches, grid = [], [], None
+    kept: list[int] = []  # rows
+    unreadable: list[str] = []
     with bar, evaluation_mode(model):
-        for pixel_values in loader:  # (B, C, H, W)
-            if isinstance(pixel_values, ValueError):
-                raise pixel_values
+        for rows_read, pixel_values, errors in loader:  # pixel_values (B, C, H, W)
+            kept += rows_read
+            unreadable += errors
+            if len(unreadable) > max_unreadable_share * len(images):
+                raise ValueError(_too_many(unreadable, len(images), max_unreadable_share))
+            bar.update(len(rows_read) + len(errors))
+            if not rows_read:
+                continue
             if pixel_values.shape[1] != model.config.num_channels:
                 raise ValueError(
                     f"the image processor makes images of {pixel_values.shape[1]} channels, and the model takes "
@@ -234,10 +246,24 @@ def extract_features(
                 if grid is None:
                     raise ValueError(f"a model of type {model.config.model_type} has no patches of one size.")
                 patches.append(tokens[:, -grid[0] * grid[1] :].to("cpu", torch.float32, copy=True))  # (B, P, D)
-            bar.update(len(pixel_values))
-    if with_patches:
-        return Features(torch.cat(cls), targets, torch.cat(patches), grid)
-    return Features(torch.cat(cls), targets)
+    if not kept:
+        raise ValueError(_too_many(unreadable, len(images), max_unreadable_share))
+    return Features(
+        torch.cat(cls),
+        None if targets is None else targets[kept],
+        torch.cat(patches) if with_patches else None,
+        grid if with_patches else None,
+        tuple(unreadable),
+    )
+
+
+def _too_many(unreadable: list[str], num_images: int, max_share: float) -> str:
+    if max_share == 0:
+        return unreadable[0]
+    return (
+        f"{len(unreadable):,} of {num_images:,} images cannot be read, more than max_unreadable_share {max_share:g} "
+        f"allows; the first: {unreadable[0]}"
+    )
 
 
 def patch_size(model: PreTrainedModel) -> int | None:
@@ -272,23 +298,31 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Prepare:
-    """Row numbers -> pixel values (B, C, H, W). A class, because worker processes must be able to receive it.
+    """Row numbers -> those that could be read, their pixel values (B, C, H, W), and messages about the others.
 
-    What an image cannot be read for is handed over as a value: raised in a worker process, it would arrive wrapped in
-    that process's traceback.
+    A class, because worker processes must be able to receive it.
     """
 
     images: Images
     processor: BaseImageProcessor
     size: int | tuple[int, int] | None
 
-    def __call__(self, rows: list[int]) -> Tensor | ValueError:
+    def __call__(self, rows: list[int]) -> tuple[list[int], Tensor | None, list[str]]:
         options: dict[str, Any] = {}
         if self.size is not None:
             height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
             options = {"size": {"height": height, "width": width}, "do_center_crop": False}
-        try:
-            pictures: Any = [to_picture(self.images.image(row)) for row in rows]
-        except ValueError as error:
-            return error
-        return self.processor(pictures, return_tensors="pt", **options)["pixel_values"]
+        pictures: dict[int, Any] = {}
+        errors = []
+        for row in rows:
+            try:
+                pictures[row] = to_picture(self.images.image(row))
+            except ValueError as error:
+                errors.append(str(error))
+        if not pictures:
+            return [], None, errors
+        return (
+            list(pictures),
+            self.processor(list(pictures.values()), return_tensors="pt", **options)["pixel_values"],
+            errors,
+        )

@@ -1,7 +1,8 @@
 """What is measured on the teacher during a run: callbacks that are asked whenever the trainer evaluates."""
 
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel, TrainerCallback
@@ -12,6 +13,8 @@ from dinov3_hf.evals.features import ImageList, Picture, center_crop, extract_fe
 from dinov3_hf.evals.knn import knn_accuracy
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_folder import image_processor
+
+logger = logging.getLogger(__name__)
 
 # Metric -> what people call it, and how it is written. Others are shown under their own name.
 LABELS = {
@@ -65,12 +68,25 @@ class KnnCallback(Evaluator):
     def __init__(self, reference: LabelledImages, query: LabelledImages) -> None:
         self.reference = reference
         self.query = query
+        self._has_warned = False
 
     def evaluate(self, backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+        settings: dict[str, Any] = {
+            "batch_size": 256,
+            "bf16": args.bf16,
+            "max_unreadable_share": args.max_unreadable_share,
+        }
         reference, query = (
-            extract_features(backbone, images, image_processor(args), images.labels, batch_size=256, bf16=args.bf16)
+            extract_features(backbone, images, image_processor(args), images.labels, **settings)
             for images in (self.reference, self.query)
         )
+        unreadable = [*reference.unreadable, *query.unreadable]
+        if unreadable and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%d of %d images could not be read, the evaluation leaves them out; the first: %s",
+                *(len(unreadable), len(self.reference) + len(self.query), unreadable[0]),
+            )
         return knn_accuracy(reference, query, device=args.device)
 
 
