@@ -17,7 +17,7 @@ UNREADABLE = {
     "corrupt.png": "broken data stream",
     "truncated.jpg": "truncated",
     "truncated.png": "truncated",
-    "corrupt.tif": "decoder error",
+    "corrupt.tif": "-2",
     "empty.jpg": "the file is empty",
     "text.jpg": "not an image in a known format",
     "header_only.jpg": "",
