@@ -264,6 +264,12 @@ def test_a_damaged_model_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"the weights of .* cannot be read .*; copy or download them again"):
         load_model(str(tmp_path))
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no weights \(model.safetensors\); copy or download them again"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json cannot be read; copy or download the folder again"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,10 @@ def check_collate(case: Case, compare: Comparison) -> None:
     batch_size, num_patches = config["batch_size"], math.prod(grid)
     num_crops = {"global_crops": 2, "local_crops": config["n_local"], "gram_teacher_crops": 2 if config["gram"] else 0}
     masks = case.outputs["collated_masks"].unflatten(0, (2, batch_size))  # (2, B, P)
-    crop_shape = case.outputs["collated_global_crops"].shape[1:]
     samples = [
         {
             **{
-                name: _numbered(FIRST_CROP_NUMBER[name], count, image, crop_shape)
+                name: _numbered(FIRST_CROP_NUMBER[name], count, image, case.outputs[f"collated_{name}"].shape[1:])
                 for name, count in num_crops.items()
                 if count
             },

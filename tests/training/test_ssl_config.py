@@ -264,6 +264,18 @@ def test_values_that_cannot_work(tmp_path, fields, message):
         tiny(tmp_path, **fields)
 
 
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir .*run is a file; name a folder"):
+        SSLConfig(output_dir=str(tmp_path / "run"))
+
+
+def test_the_backbone_is_told_the_size_it_is_trained_at(tmp_path):
+    sizes = {"output_dir": str(tmp_path), "global_crop_size": 64, "local_crop_size": 32}
+    assert SSLConfig(**sizes).backbone_config().image_size == 64
+    assert SSLConfig(**sizes, backbone={"preset": "vits16", "image_size": 224}).backbone_config().image_size == 224
+
+
 def test_local_crops_that_are_not_cut_may_have_any_size(tmp_path):
     tiny(tmp_path, num_local_crops=0, local_crop_size=7)
 

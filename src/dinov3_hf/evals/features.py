@@ -106,11 +106,17 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
         if folder.is_dir():
-            raise
+            raise ValueError(f"{folder / 'config.json'} cannot be read; copy or download the folder again.") from error
         raise FileNotFoundError(f"there is no folder {source}, and as a Hub repository it fails: {error}") from error
     model_class = OUR_MODELS.get(config.model_type, AutoModel)
     try:
         loaded: Any = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except OSError as error:
+        if not folder.is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{source} has no weights (model.safetensors); copy or download them again."
+        ) from error
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} cannot be read ({error}); copy or download them again.") from error
     except RuntimeError as error:  # shapes differ; transformers has logged which

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dinov3_hf.data.sampler import StreamSampler
@@ -115,6 +116,17 @@ class CollapseWarningCallback(TrainerCallback):
 
 class TrainingProgressCallback(ProgressCallback):
     """The Trainer's progress bar with time left, and one short line for each log instead of the whole dictionary."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:  # a bar on terminals only: in a file each of its states would be a line
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
+        self.current_step = 0
 
     def on_log(
         self,

@@ -246,6 +246,8 @@ class RecipeConfig(TrainingArguments):
             if self.__dict__[name] < 1:
                 raise ValueError(f"{name} {self.__dict__[name]} is not positive; use 1 or more.")
         self._check_saving()
+        if self.output_dir is not None and Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir {self.output_dir} is a file; name a folder, which need not exist.")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} is negative; use 0 for none.")
         self._parse_schedules()

@@ -104,7 +104,11 @@ class SSLConfig(RecipeConfig):
     # --- changes the result: data and views ---
     train_data: str | None = field(
         default=None,
-        metadata=changes_the_result("Images to learn from: a folder (nested, no labels needed), or digits."),
+        metadata=changes_the_result(
+            "Images to learn from: a folder (nested, no labels needed), parquet or tar files ('shards/*.tar'), "
+            "OWNER/NAME on the Hub, a data recipe (data.yaml), or digits; stream: before it reads on instead of at "
+            "random."
+        ),
     )
     image_mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406],
@@ -195,8 +199,9 @@ class SSLConfig(RecipeConfig):
     eval_data: str | None = field(
         default="auto",
         metadata=orchestration(
-            "Labelled images for kNN accuracy during the run: a folder of class folders, digits, null for none; auto "
-            "takes the labels that come with the training images (digits), else none."
+            "Labelled images for kNN accuracy during the run, named as in train_data (a folder of class folders, "
+            "parquet files with labels, ...); null for none; auto takes the labels that come with the training images "
+            "(digits), else none."
         ),
     )
     max_unreadable_share: float = field(
@@ -275,7 +280,7 @@ class SSLConfig(RecipeConfig):
         values = super().result_fields(recipe)
         for head in ("dino_head", "ibot_head"):
             values[head] = {**PROTOTYPE_HEAD_DEFAULTS, **values[head]}
-        backbone = _backbone_config(values["backbone"])
+        backbone = _backbone_config({"image_size": values["global_crop_size"], **values["backbone"]})
         values["backbone"] = {name: plain(backbone.__dict__[name]) for name in own_annotations(type(backbone))}
         return values
 
@@ -296,13 +301,13 @@ class SSLConfig(RecipeConfig):
         )
 
     def backbone_config(self) -> PreTrainedConfig:
-        """The backbone's configuration: the preset with the recipe's changes.
+        """The backbone's configuration: the preset with the recipe's changes, for images of the global crops' size.
 
         Raises:
             ArgumentError: no such preset or field, or a value of the wrong type.
             ValueError: the backbone's own checks.
         """
-        return _backbone_config(self.backbone)
+        return _backbone_config({"image_size": self.global_crop_size, **self.backbone})
 
     def pretraining_config(self) -> "DINOv3PreTrainingConfig":
         """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""
