@@ -108,7 +108,7 @@ def test_bfloat16_and_workers(model, photos, capsys):
             ("EMPTY", "--data", "PHOTOS"),
             "is no model folder (it needs config.json and preprocessor_config.json); give",
         ),
-        (("MODEL", "--data", "NOWHERE"), "there is no folder"),
+        (("MODEL", "--data", "NOWHERE"), "there is no folder or file"),
         (("MODEL", "--data", "digit"), "did you mean digits?"),
         (("MODEL", "--data", "EMPTY"), "is empty; put images into it or name another folder."),
         (("MODEL", "--data", "TEXTS"), "holds no images; their names must end in .jpg"),

@@ -113,7 +113,7 @@ def test_few_of_a_folder_are_spread_over_it(tmp_path):
     ("arguments", "says"),
     [
         (("NOWHERE", "PHOTO"), "there is no model folder"),
-        (("MODEL", "NOWHERE"), "give an image file, a folder of images, or digits."),
+        (("MODEL", "NOWHERE"), "there is no folder or file"),
         (("MODEL", "EMPTY"), "is empty; put images into it"),
         (("MODEL", "TEXT"), "cannot be read as an image; give a JPEG or PNG file"),
         (("MODEL", "BROKEN"), "broken.png cannot be read as an image"),

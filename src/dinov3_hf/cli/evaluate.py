@@ -36,8 +36,9 @@ def knn(
         str,
         typer.Option(
             "--data",
-            help="`digits`, or a folder with one sub-folder of images a class, directly (a fifth of them is then set "
-            "aside for the test) or under `train/` and `test/` (or `val/`).",
+            help="Labelled images: `digits`; a folder with one sub-folder a class, directly (a fifth of them is then "
+            "set aside for the test) or under `train/` and `test/` (or `val/`); parquet or tar files with labels; "
+            "OWNER/NAME on the Hub; a data recipe.",
         ),
     ],
     k: Annotated[list[int], typer.Option("--k", min=1, help="Neighbours that vote; repeat it for several.")] = KS,

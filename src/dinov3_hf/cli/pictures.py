@@ -8,6 +8,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from dinov3_hf.data.sources.files import PACKED_SUFFIXES
+from dinov3_hf.data.sources.recipe import RECIPE_SUFFIXES
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.evals.features import ImageList, check_divisible, extract_features, input_size, patch_size, to_picture
 
@@ -17,21 +19,19 @@ DEFAULT_ENLARGEMENT = 3
 
 
 def read_pictures(source: str, limit: int) -> list[Image.Image]:
-    """The RGB image in the file `source`, or up to `limit` images spread over a folder or over the bundled digits.
+    """The RGB image in the file `source`, or up to `limit` images spread over what `load_images` takes.
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or no image in it.
         ValueError: if an image cannot be read.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() and path.suffix.lower() not in (*PACKED_SUFFIXES, *RECIPE_SUFFIXES):
         try:
             with Image.open(path) as image:
                 return [ImageOps.exif_transpose(image).convert("RGB")]
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
             raise ValueError(f"{path} cannot be read as an image; give a JPEG or PNG file, for example.") from error
-    if source != "digits" and not path.is_dir():
-        raise FileNotFoundError(f"there is no image {source}; give an image file, a folder of images, or digits.")
     images = load_images(source, "test" if source == "digits" else None)
     if images.labels is None:
         rows = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)

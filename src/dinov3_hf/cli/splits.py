@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, Split
+from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.evals.features import center_crop
 
@@ -48,15 +48,15 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
     """The training and the test images of `data`.
 
     Args:
-        data: "digits" (used whole), or a folder with one sub-folder a class (of its images the centre is used), either
-            directly or under `train/` and `test/`.
+        data: what `load_images` takes, with labels; of all but "digits" the centre of the images is used. What has no
+            test images of its own is split.
         num_channels: of the model.
         size: of the model's input, in pixels.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no images in it.
-        ValueError: if images lie outside class sub-folders, all belong to one class, a class has test images only, all
-            classes are too small, or there is a `test/` without a `train/`.
+        ValueError: if images have no labels, all belong to one class, a class has test images only, all classes are
+            too small, or there is a `test/` without a `train/`.
     """
     crop = None if data == "digits" else size
     folder = Path(data).expanduser()
@@ -65,16 +65,25 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
         raise ValueError(f"{data} has a sub-folder {test_folder} but none named train; put the training images there.")
     train = _read(data, "train", num_channels, crop)
     if len(train.class_names) < 2:
-        raise ValueError(f"all images in {data} are of one class, {train.class_names[0]}; give a sub-folder a class.")
-    if data == "digits" or test_folder is not None:
-        return train, _labelled_like(train, _read(data, "test", num_channels, crop), data)
+        raise ValueError(
+            f"all images in {data} are of one class, {train.class_names[0]}; give images of several classes."
+        )
+    try:
+        test = _read(data, "test", num_channels, crop)
+    except NoSuchSplit:
+        return _set_aside(train, data)
+    return train, _labelled_like(train, test, data)
+
+
+def _set_aside(train: LabelledImages, data: str) -> tuple[LabelledImages, LabelledImages]:
+    """`train` without every fifth image of a class, and those images."""
     is_test = np.zeros(len(train), dtype=bool)
     order = np.random.default_rng(0).permutation(len(train))
     for label in range(len(train.class_names)):
         is_test[order[train.labels[order] == label][TEST_EVERY - 1 :: TEST_EVERY]] = True
     if not is_test.any():
         raise ValueError(
-            f"no class in {data} has {TEST_EVERY} images, too few to set some aside; put test images into {data}/test."
+            f"no class in {data} has {TEST_EVERY} images, too few to set some aside; give test images as well."
         )
     return train.subset(~is_test), train.subset(is_test)
 

@@ -14,7 +14,9 @@ from dinov3_hf.errors import ArgumentError
 kinds = typer.Typer(rich_markup_mode="markdown")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub repository.")]
-Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders of images, or `digits`.")]
+Images = Annotated[
+    list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders of images, or whatever `--data` takes.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Image file to write; its suffix gives the format.")]
 Size = Annotated[
     int | None,

@@ -100,7 +100,7 @@ def test_splits_of_a_folder(tmp_path):
         ("digit", FileNotFoundError, "digit is neither a folder nor a known data set; did you mean digits?"),
         ("photoz", FileNotFoundError, "did you mean photos?"),
         ("xyz", FileNotFoundError, "use digits or the path of a folder"),
-        ("no/such/folder", FileNotFoundError, "there is no folder no/such/folder"),
+        ("no/such/folder", FileNotFoundError, "there is no folder or file no/such/folder"),
         ("empty", FileNotFoundError, "folder empty is empty; put images into it"),
         ("photos", FileNotFoundError, "folder photos holds no images; their names must end in .jpg"),
         ("photos/notes.txt", ValueError, "notes.txt is a file; name the folder that holds the images"),

@@ -45,8 +45,6 @@ class ArrowImages(ImageSource):
         data: str,
         num_channels: int,
     ):
-        if len(rows) == 0:
-            raise ValueError(f"{data} has no rows; name another data set.")
         self.rows = rows  # not its column: a data set is handed to a worker by the name of its file
         self.image_column = image_column
         self.num_channels = num_channels
@@ -95,6 +93,8 @@ def open_parquet(
     for path in files:
         with one_line(f"{path} cannot be read as a parquet file", "copy it again or leave it out"):
             num_rows.append(pyarrow.parquet.read_metadata(path).num_rows)
+    if sum(num_rows) == 0:
+        raise ValueError(f"{data} has no rows; name another data set.")
     features = load.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
     image_column = find_image_column(features, data, column)
     label_column = find_label_column(features, data) if labelled else None

@@ -55,7 +55,8 @@ def expand_braces(pattern: str) -> list[str]:
     if len(choices) < (1 if numbers else 2):
         raise ValueError(f"{pattern} has braces around {match[1]!r}; write {{FIRST..LAST}} or {{ONE,OTHER}}.")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [text for choice in choices for text in expand_braces(head + choice + tail)]
+    texts = [text for choice in choices for text in expand_braces(head + choice + tail)]
+    return list(dict.fromkeys(texts))  # {x,{0..1}} comes to x twice
 
 
 def matching_files(pattern: str) -> list[Path]:

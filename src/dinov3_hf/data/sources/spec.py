@@ -193,7 +193,7 @@ class _Opener:
 
 def _nothing_there(data: str, path: Path) -> str:
     if len(path.parts) > 1:
-        return f"there is no folder {data}; name one that holds images, or use digits."
+        return f"there is no folder or file {data}; name images that exist, or use digits."
     known = ["digits", *(entry.name for entry in Path().iterdir() if entry.is_dir())]
     remedy = did_you_mean(data, known, otherwise="use digits or the path of a folder of images.")
     return f"{data} is neither a folder nor a known data set; {remedy}"

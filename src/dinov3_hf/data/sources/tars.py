@@ -20,8 +20,8 @@ from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest, one
 
 NO_LABEL = -1
 LABEL_SUFFIX = ".cls"
-# Members whose header is one block; others tell more in the blocks that follow.
-PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE)
+# Headers that go on in the blocks behind them: long names and the like.
+EXTENDED_TYPES = (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,15 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
         offset = 0
         while any(block := memory[offset : offset + tarfile.BLOCKSIZE]):  # zeros or nothing at the end
             member = tarfile.TarInfo.frombuf(block, tar.encoding, tar.errors)
-            if member.type in tarfile.SUPPORTED_TYPES and member.type not in PLAIN_TYPES:  # long names and the like
+            if member.type in EXTENDED_TYPES:
                 file.seek(offset)
                 tar.fileobj = file
                 member = tarfile.TarInfo.fromtarfile(tar)
                 offset = tar.offset
             else:
                 member.offset, member.offset_data = offset, offset + tarfile.BLOCKSIZE
-                num_blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
+                has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+                num_blocks = -(-member.size // tarfile.BLOCKSIZE) if has_content else 0
                 offset = member.offset_data + num_blocks * tarfile.BLOCKSIZE
             if member.offset_data + member.size > len(memory):
                 raise tarfile.ReadError("it is cut short")
