@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 _TEMPLATE = """
 # {name}
 
-A {architecture} backbone ({parameters:.1f} M parameters) pre-trained without labels by the objective of
+A {architecture} ({parameters:.1f} M parameters), pre-trained without labels by the objective of
 [DINOv3](https://arxiv.org/abs/2508.10104) with `dinov3_hf`.
 
 ```python
@@ -18,8 +18,8 @@ processor = AutoImageProcessor.from_pretrained("{name}")
 model = AutoModel.from_pretrained("{name}")
 ```
 
-`pooler_output` is the normalised CLS token, one feature an image; `last_hidden_state` holds
-[CLS, {num_registers} register tokens, patch tokens].
+The image processor asks for torchvision. `pooler_output` is the normalised CLS token, one feature an image;
+`last_hidden_state` holds [CLS, {num_registers} register tokens, patch tokens].
 
 | | |
 |---|---|
@@ -37,7 +37,7 @@ def write_model_card(
 
     Args:
         folder: the model folder; its name becomes the card's title.
-        architecture: for example "ViT-S/16".
+        architecture: for example "ViT with 12 blocks of width 384 and patches of 16 px".
         num_parameters: of the backbone.
         num_registers: register tokens of the backbone.
         facts: rows of the card's table, for example the recipe, the steps, the evaluation results.

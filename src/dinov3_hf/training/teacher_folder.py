@@ -38,7 +38,8 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path, fact
     write_model_card(
         folder,
         architecture=(
-            f"ViT, {config.num_hidden_layers} blocks of width {config.hidden_size}, patch {config.patch_size},"
+            f"ViT with {config.num_hidden_layers} blocks of width {config.hidden_size} "
+            f"and patches of {config.patch_size} px"
         ),
         num_parameters=sum(parameter.numel() for parameter in teacher.backbone.parameters()),
         num_registers=config.num_register_tokens,
