@@ -59,7 +59,7 @@ class NonFiniteGuard:
         if self._in_a_row == self.max_in_a_row:
             raise RuntimeError(
                 f"step {step}: {culprit} not finite, the third step in a row. The checkpoints are as they were; go on "
-                "with --resume_from_checkpoint last and a lower learning_rate or max_grad_norm, or precision fp32."
+                "with --resume_from_checkpoint last --precision fp32, or start again with a lower learning_rate."
             )
         if is_main:
             logger.warning(
