@@ -1,0 +1,71 @@
+"""Runs `training_scripts/pretrain.py` in forked children, so that its imports are paid once.
+
+Reads one JSON line a request, and answers with one line:
+
+    {"arguments": [...], "log": file, "file_size": bytes or null}   pid of the run
+    {"wait": pid}                                                   its exit status, negative for a signal
+    {"command": [...]}                                              exit status of another program
+"""
+
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "training_scripts" / "pretrain.py"
+
+
+def main() -> None:
+    pretrain = load(SCRIPT)
+    for request in map(json.loads, sys.stdin):
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = os.waitstatus_to_exitcode(status)
+        elif "command" in request:
+            answer = subprocess.run(request["command"], check=False).returncode
+        else:
+            answer = os.fork()
+            if answer == 0:
+                run_in_child(pretrain, **request)
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location("pretrain", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # What the script's main imports.
+    import sklearn.datasets  # noqa: F401
+    import torch
+
+    import dinov3_hf.training.arguments
+    import dinov3_hf.training.ssl_trainer  # noqa: F401
+
+    torch.set_num_threads(1)
+    return module
+
+
+def run_in_child(pretrain, arguments: list[str], log: str, file_size: int | None = None) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    if file_size is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of write() instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    status = 0
+    try:
+        pretrain.run(pretrain.main, arguments)
+    except SystemExit as ended:
+        status = ended.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
