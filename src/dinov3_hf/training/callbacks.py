@@ -128,6 +128,12 @@ class TrainingProgressCallback(ProgressCallback):
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
         self.current_step = 0
 
+    def close(self) -> None:
+        """Leave the bar's line, so that what is printed next has one of its own; also after an error."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_log(
         self,
         args: TrainingArguments,

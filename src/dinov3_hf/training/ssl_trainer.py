@@ -152,7 +152,12 @@ class SSLTrainer(Trainer):
             OSError: a checkpoint could not be written; the complete ones are as they were.
         """
         folder = self._checkpoint_to_go_on_from("last" if resume_from_checkpoint is True else resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=folder)
+        try:
+            return super().train(resume_from_checkpoint=folder)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TrainingProgressCallback):
+                    callback.close()
 
     def _checkpoint_to_go_on_from(self, wanted: str | bool | None) -> str | None:
         # One process looks, so that all agree; what it finds wrong is every process's error.
