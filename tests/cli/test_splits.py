@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dinov3_hf.cli.splits import labelled_splits
+from tests.data.sources.writing import write_parquet
 from tests.testing_utils import require_package, save_labelled_images
 
 
@@ -61,6 +62,22 @@ def test_train_alone_is_split(tmp_path):
     save_labelled_images(tmp_path / "train")
     train, test = labelled_splits(str(tmp_path), 3, 32)
     assert (len(train), len(test)) == (16, 4)
+
+
+@require_package("datasets")
+@require_package("pyarrow")
+def test_parquet_files(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_parquet(tmp_path / "pets_train.parquet", range(30))
+    write_parquet(tmp_path / "pets_val.parquet", range(30, 36))
+    train, test = labelled_splits(f"{tmp_path}/pets_*.parquet", 3, 16)
+    assert (len(train), len(test)) == (30, 6)
+    assert test.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert train.image(0).size == (16, 16)
+    train, test = labelled_splits(str(tmp_path / "pets_train.parquet"), 3, 16)
+    assert (len(train), len(test)) == (24, 6)
 
 
 def test_data_that_cannot_be_split(tmp_path):

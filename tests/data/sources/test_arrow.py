@@ -1,6 +1,8 @@
 """Parquet files and data sets of the Hub: the right images, names and labels, or one clear line."""
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +130,45 @@ def test_hub_that_is_out_of_reach(monkeypatch):
     message = str(caught.value)
     assert message.startswith("there is no folder or file nobody/nothing, and as a data set of the Hub it fails: ")
     assert "\n" not in message
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The library's cache as it is after `owner/pets` has been downloaded, and no way to the Hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    files = {"train": range(10), "test": range(10, 14)}
+    paths = {split: str(write_parquet(tmp_path / f"{split}.parquet", rows)) for split, rows in files.items()}
+    prepared = datasets.load_dataset("parquet", data_files=paths)
+    built = Path(prepared["train"].cache_files[0]["filename"]).parent
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "owner___pets" / "default" / "0.0.0" / "abc"
+    cache.mkdir(parents=True)
+    for file in built.iterdir():
+        (cache / file.name.replace("parquet-", "pets-")).write_bytes(file.read_bytes())
+    facts = json.loads((cache / "dataset_info.json").read_text())
+    (cache / "dataset_info.json").write_text(json.dumps(facts | {"dataset_name": "pets"}))
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_data_set_of_the_hub(capfd):
+    train, test, everything = (load_images("owner/pets", split, labelled=True) for split in ("train", "test", None))
+    assert [numbers(images) for images in (train, test)] == [list(range(10)), list(range(10, 14))]
+    assert len(everything) == 14
+    assert train.class_names == CLASSES
+    assert train.name(3) == "owner/pets row 3"
+    assert len(load_images("owner/pets:default", "train")) == 10
+    assert len(load_images("owner/pets::test", "train")) == 4
+    assert len(load_images("owner/pets:default:test")) == 4
+    stream = load_images("stream:owner/pets", "train")
+    assert numbers(stream) == list(range(10))
+    with pytest.raises(NoSuchSplit, match=r"no split val \(.*\); name one: owner/pets::SPLIT"):
+        load_images("owner/pets::val")
+    with pytest.raises(NoSuchSplit, match="is one split of a data set and has no test images of its own"):
+        load_images("owner/pets::test", "test")
+    with pytest.raises(ValueError, match=r"cannot be read \(Couldn't find cache for owner/pets for config 'other'\)"):
+        load_images("owner/pets:other", "train")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_hub_id_is_a_folder_where_there_is_one(tmp_path, monkeypatch):

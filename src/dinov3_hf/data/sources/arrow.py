@@ -218,12 +218,14 @@ def import_datasets() -> Any:
     """Return the `datasets` library, quiet: progress bars in a terminal only, no log lines below errors."""
     try:
         import datasets  # takes a second or two
+        import huggingface_hub
     except ImportError as error:
         raise ImportError(
             "parquet files, the Hub and streams are read by datasets, which is not installed; "
             "run pip install 'dinov3-hf[train]'."
         ) from error
     datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
