@@ -160,6 +160,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_bad_loss_on_one_rank_skips_the_step_on_both(tmp_path):
     first, second = run_in_processes(two_ranks_of_which_one_goes_wrong, 2, str(tmp_path))
     assert first["skipped"].tolist() == second["skipped"].tolist() == [0, 1, 1]
