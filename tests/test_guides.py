@@ -7,6 +7,7 @@ import pytest
 import typer
 
 from dinov3_hf.cli.main import build_app
+from dinov3_hf.data.sources.recipe import read_data_recipe
 from dinov3_hf.training.arguments import merge_fields, parse_arguments
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import parse_yaml
@@ -25,7 +26,17 @@ def commands(program: str) -> list[str]:
     return [line.partition(f"{program} ")[2] for line in lines if f"{program} " in line]
 
 
-@pytest.mark.parametrize("recipe", blocks("yaml"))
+DATA_RECIPES = [block for block in blocks("yaml") if block.startswith("sources:")]
+RECIPES = [block for block in blocks("yaml") if block not in DATA_RECIPES]
+
+
+@pytest.mark.parametrize("recipe", DATA_RECIPES)
+def test_data_recipes_parse(recipe, tmp_path):
+    (tmp_path / "data.yaml").write_text(recipe)
+    assert read_data_recipe(tmp_path / "data.yaml").sources
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_and_their_fragments_parse(recipe):
     fields = parse_yaml(recipe, "a page")
     SSLConfig(**merge_fields(SSLConfig, "of a page", fields, []))
@@ -33,7 +44,7 @@ def test_recipes_and_their_fragments_parse(recipe):
 
 def test_training_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_photos.yaml").write_text(blocks("yaml")[0])
+    (tmp_path / "my_photos.yaml").write_text(RECIPES[0])
     for words in map(shlex.split, commands("training_scripts/pretrain.py")):
         if not {"RECIPE", "--help"} & set(words):
             parse_arguments(SSLConfig, words)
