@@ -230,6 +230,10 @@ def test_learning_rate_moves_the_peak_and_what_is_level_with_it(tmp_path):
         ({"dino_head": {"prototypes": 8}}, r"dino_head has no entry 'prototypes'; did you mean num_prototypes\?"),
         ({"ibot_head": {"mlp_bias": 1}}, r"ibot_head.mlp_bias is 1; expected true or false"),
         ({"lr_schedule": {"peek": 1}}, r"lr_schedule has no entry 'peek'"),
+        ({"save_only_model": True}, r"save_only_model is not read .* teacher/ in a checkpoint is the model alone"),
+        ({"load_best_model_at_end": True}, r"load_best_model_at_end is not read"),
+        ({"save_strategy": "best"}, r"save_strategy best is not supported; use steps with save_total_limit"),
+        ({"push_to_hub": True}, r"push_to_hub is not read .* hf upload OWNER/NAME OUTPUT_DIR/teacher"),
     ],
 )
 def test_arguments_that_cannot_be_parsed(tmp_path, fields, message):
@@ -257,6 +261,11 @@ def test_arguments_that_cannot_be_parsed(tmp_path, fields, message):
         ({"backbone": {"hidden_size": 17}}, r"hidden_size 17"),
         ({"blur_probabilities": [0.5]}, r"blur_probabilities \[0.5\] must be 3 numbers"),
         ({"save_steps": 0.5, "save_strategy": "never"}, r"never"),
+        ({"keep_every_steps": 0}, r"keep_every_steps 0 is not positive; use null"),
+        (
+            {"keep_every_steps": 10, "save_steps": 4, "save_strategy": "steps"},
+            r"not a multiple of save_steps 4.* use 12",
+        ),
     ],
 )
 def test_values_that_cannot_work(tmp_path, fields, message):

@@ -258,6 +258,9 @@ class RecipeConfig(TrainingArguments):
         # Without a launcher the Trainer would wrap the model in DataParallel on a machine with several GPUs, which
         # splits a batch behind the objective's back.
         self._n_gpu = min(self.n_gpu, 1)
+        # With several processes the CPU is "cpu:0", onto which torch cannot load; transformers 5.8 resumes with it.
+        if self.device.type == "cpu":
+            self._setup_devices = torch.device("cpu")
         micro_batch = micro_batch_size(self.global_batch_size, self.world_size, self.per_device_train_batch_size)
         self.per_device_train_batch_size = micro_batch
         self.gradient_accumulation_steps = self.global_batch_size // (micro_batch * self.world_size)

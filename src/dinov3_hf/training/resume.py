@@ -56,7 +56,7 @@ class IntervalsOfThisRun(TrainerCallback):
 
 
 def _newest_complete(output_dir: Path) -> Path:
-    incomplete = []
+    incomplete: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
         why = problem(folder, checksums=True)
         if why is None:
