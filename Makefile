@@ -42,7 +42,7 @@ install: .venv/installed-train  ## Install the package into .venv with all that 
 # slower whenever another program was busy on one of two cores.
 quickstart: export OMP_WAIT_POLICY = passive
 quickstart: .venv/installed-train  ## Train a tiny ViT on digits (or DATA=folder) and make a picture of what it learnt
-	$(BIN)/python training_scripts/pretrain.py quickstart_digits --output_dir runs/quickstart$(if $(DATA), --train_data "$(DATA)")
+	$(BIN)/python training_scripts/pretrain.py quickstart_digits --output_dir runs/quickstart $(if $(DATA),--train_data "$(DATA)")
 	$(BIN)/dinov3-hf visualize pca runs/quickstart/teacher "$(or $(DATA),digits)" -o runs/quickstart/pca.png
 	@echo
 	@echo "Look at runs/quickstart/pca.png, then try:"
