@@ -81,8 +81,10 @@ def test_streaming(data):
     assert all(isinstance(part.source, ImageStream) for part in images.parts)
     assert [part.source.shuffle_buffer for part in images.parts] == [4, 4]
     assert [number_of(images.parts[0].source.image(i)) for i in range(10)] == list(range(100, 110))
-    one = load_images(write(data, "sources: [{data: 'stream:tables', weight: 1}, {data: photos, weight: 1}]"), "train")
+    recipe = "shuffle_buffer: 4\nsources: [{data: 'stream:tables', weight: 1}, {data: photos, weight: 1}]"
+    one = load_images(write(data, recipe), "train")
     assert [isinstance(part.source, ImageStream) for part in one.parts] == [True, False]
+    assert one.parts[0].source.shuffle_buffer == 4
 
 
 def test_evaluation_images(data):
@@ -119,6 +121,7 @@ def test_evaluation_images(data):
         ("sources: [{data: photos, alone: 1}]", ArgumentError, "alone of .* is 1; expected true or false"),
         ("sources: [photos, {data: tables, weight: 1}]", ArgumentError, "has sources without a weight; give one to"),
         ("streaming: true\nsources: [tables, shards]", ArgumentError, "has sources without a weight"),
+        ("sources: ['stream:tables', photos]", ArgumentError, "has sources without a weight"),
         ("sources: [{data: photos, weight: 0}]", ValueError, "weight 0.0 in .* is not positive; leave a source out"),
         ("sources: [{data: photos, weight: -1}]", ValueError, "weight -1.0 in .* is not positive"),
         ("shuffle_buffer: 0\nsources: [photos]", ValueError, "shuffle_buffer 0 in .* is not positive"),

@@ -61,6 +61,10 @@ class DataRecipe:
     train: Entry | None = None
     test: Entry | None = None
 
+    def streams(self, entry: Entry) -> bool:
+        """Whether `entry` is read from front to back."""
+        return self.streaming or entry.data.startswith(STREAM_PREFIX)
+
 
 ENTRY_TYPES: dict[str, type] = {
     "data": str,
@@ -114,7 +118,9 @@ def _check(recipe: DataRecipe, where: str) -> None:
     if recipe.shuffle_buffer < 1:
         raise ValueError(f"shuffle_buffer {recipe.shuffle_buffer} in {where} is not positive; use 1 for no shuffling.")
     given = [entry.weight for entry in recipe.sources if entry.weight is not None]
-    if (given and len(given) < len(recipe.sources)) or (recipe.streaming and len(given) < len(recipe.sources) > 1):
+    # How many images a stream has is not known.
+    needed = bool(given) or (len(recipe.sources) > 1 and any(map(recipe.streams, recipe.sources)))
+    if needed and len(given) < len(recipe.sources):
         raise ArgumentError(f"{where} has sources without a weight; give one to each.")
     for weight in given:
         if not 0 < weight < float("inf"):

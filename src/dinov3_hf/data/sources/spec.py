@@ -63,7 +63,7 @@ def load_images(
 def _open_recipe(recipe: DataRecipe, data: str, split: Split | None, labelled: bool, num_channels: int) -> ImageSource:
     def open_entry(entry: Entry, split: Split | None) -> ImageSource:
         opener = _Opener(entry.data, split, labelled, num_channels, entry.split, entry.config, entry.column)
-        streamed = recipe.streaming and not labelled
+        streamed = recipe.streams(entry) and not labelled
         return replace(opener, shuffle_buffer=recipe.shuffle_buffer if streamed else None).open()
 
     if recipe.train is not None and (labelled or not recipe.sources) and split != "test":
