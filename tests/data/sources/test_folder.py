@@ -82,6 +82,16 @@ def test_labels_are_the_class_folders(tmp_path):
         load_images(tmp_path, labelled=True)
 
 
+def test_fingerprint_survives_a_move_and_notices_other_images(tmp_path):
+    write_image(tmp_path / "a" / "x" / "1.png")
+    first = load_images(tmp_path / "a").fingerprint()
+    assert first["images"] == 1
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load_images(tmp_path / "b").fingerprint() == first
+    (tmp_path / "b" / "x" / "1.png").rename(tmp_path / "b" / "x" / "2.png")
+    assert load_images(tmp_path / "b").fingerprint() != first
+
+
 def test_splits_of_a_folder(tmp_path):
     write_image(tmp_path / "cat" / "1.png")
     assert len(load_images(tmp_path, "train")) == 1

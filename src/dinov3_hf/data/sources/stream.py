@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,7 +82,8 @@ class ImageStream(ImageSource):
         return f"{self.data} image {i}"
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"stream": self.data, "shuffle_buffer": self.shuffle_buffer}
+        name = Path(self.data).name  # without the folder, which may move
+        return {"stream": name, "shards": self.dataset.num_shards, "shuffle_buffer": self.shuffle_buffer}
 
     def samples(self, seed: int, source: int, start: int) -> Iterator[tuple[int, int, bytes]]:
         """Yield (epoch, index, encoded image) without end, from the image number `start` of the run on.

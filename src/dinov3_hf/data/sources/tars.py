@@ -131,7 +131,7 @@ def _scan(path: Path) -> TarIndex:
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the headers of a tar file; several times faster than `tarfile` walks them."""
+    """Yield the headers of a tar file; `tarfile` by itself would take a broken one for the end of the file."""
     with (
         tarfile.open(path, mode="r:") as tar,
         path.open("rb") as file,
