@@ -14,10 +14,13 @@ from dinov3_hf.cli.errors import run
 
 
 def main(argv: list[str]) -> None:
+    from dinov3_hf.errors import ArgumentError
     from dinov3_hf.training.arguments import parse_arguments
     from dinov3_hf.training.ssl_config import SSLConfig
 
     args = parse_arguments(SSLConfig, argv, prog="pretrain.py", description=__doc__)
+    if args.train_data is None:
+        raise ArgumentError("train_data is not set; name the images to learn from, for example --train_data photos/.")
 
     from transformers import IntervalStrategy, set_seed
     from transformers.utils import logging

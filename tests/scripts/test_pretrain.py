@@ -133,6 +133,7 @@ def test_help_has_the_three_groups():
         (("no_such_recipe",), 2, "no_such_recipe"),
         (("RECIPE", "--global_bach_size", "8"), 2, "global_batch_size"),
         (("RECIPE", "--max_steps", "many"), 2, "max_steps"),
+        (("RECIPE", "--train_data", "null"), 2, "train_data is not set"),
         (("RECIPE", "--train_data", "nowhere/photos"), 1, "nowhere"),
         (("RECIPE", "--train_data", "EMPTY"), 1, "EMPTY"),
         (("RECIPE", "--train_data", "TEXTS"), 1, "no image"),

@@ -83,6 +83,11 @@ def test_overrides(recipe):
     assert config.train_data == "odd"
 
 
+@pytest.mark.parametrize("text", ["*.parquet", "**/*.tar", "{a,b}/*.tar", "{0..3}.tar", "[ab].tar", "@x", "a: b: c"])
+def test_text_need_not_be_yaml(recipe, text):
+    assert parse(recipe, "--train_data", text).train_data == text
+
+
 def test_a_dotted_override_starts_from_the_default(recipe):
     config = parse(recipe, "--teacher_temperature_schedule.peak", "0.08", "--ibot_head.hidden_dim", "32")
     assert config.teacher_temperature_schedule == Schedule(0.04, 0.08, 0.07, warmup_steps=0.3)

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.recipes.pages import read_recipe, recipe_names
@@ -28,11 +28,14 @@ class Override(NamedTuple):
 
     path: list[str]  # ["lr_schedule", "peak"]
     text: str
-    value: Any
 
     @property
     def option(self) -> str:
         return "--" + ".".join(self.path)
+
+    @property
+    def value(self) -> Any:
+        return parse_yaml(self.text, self.option)
 
 
 def parse_arguments(
@@ -77,7 +80,7 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[Override]]:
             name, has_value, text = word[2:].partition("=")
             if not has_value:
                 text = _next_value(word, remaining)
-            overrides.append(Override(name.split("."), text, parse_yaml(text, f"--{name}")))
+            overrides.append(Override(name.split("."), text))
         elif recipe is None:
             recipe = word
         else:
@@ -114,7 +117,7 @@ def merge_fields(
             base = merged[name] if name in merged else _default(fields[name])
             merged[name] = _with_entry(override, base, inner)
         else:
-            merged[name] = _fit(override.option, override.value, annotations[name], override.text)
+            merged[name] = _fit_override(override, annotations[name])
     return merged
 
 
@@ -122,6 +125,16 @@ def _refuse_unused(config_class: type[RecipeConfig], name: str) -> None:
     # Here at any value: the configuration itself cannot tell a default that was given from one that was not.
     if name in config_class.UNUSED_FIELDS:
         raise ArgumentError(f"{name} is not read by this trainer; {config_class.UNUSED_FIELDS[name]}.")
+
+
+def _fit_override(override: Override, annotation: Any) -> Any:
+    try:
+        value = override.value
+    except ArgumentError:
+        if annotation is not str and str not in get_args(annotation):
+            raise
+        value = override.text  # `*.parquet` is no YAML, and need not be where text is meant
+    return _fit(override.option, value, annotation, override.text)
 
 
 def _fit(name: str, value: Any, annotation: Any, text: str | None = None) -> Any:
