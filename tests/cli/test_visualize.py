@@ -91,6 +91,13 @@ def test_photos_stand_upright(tmp_path):
     assert read_pictures(str(tmp_path / "grey.png"), 1)[0].mode == "RGB"
 
 
+def test_a_file_is_decoded_as_in_training(tmp_path):
+    Image.fromarray(np.full((4, 4), 128 * 257, dtype=np.uint16)).save(tmp_path / "xray.png")
+    Image.new("RGBA", (4, 4)).save(tmp_path / "transparent.png")
+    assert read_pictures(str(tmp_path / "xray.png"), 1)[0].getpixel((0, 0)) == (128, 128, 128)
+    assert read_pictures(str(tmp_path / "transparent.png"), 1)[0].getpixel((0, 0)) == (255, 255, 255)
+
+
 @require_package("sklearn")
 def test_digits_are_one_of_each_class_and_again(tmp_path):
     from dinov3_hf.data.sources.spec import load_images
@@ -115,7 +122,7 @@ def test_few_of_a_folder_are_spread_over_it(tmp_path):
         (("NOWHERE", "PHOTO"), "there is no model folder"),
         (("MODEL", "NOWHERE"), "there is no folder or file"),
         (("MODEL", "EMPTY"), "is empty; put images into it"),
-        (("MODEL", "TEXT"), "cannot be read as an image; give a JPEG or PNG file"),
+        (("MODEL", "TEXT"), "give a JPEG or PNG file, for example."),
         (("MODEL", "BROKEN"), "broken.png cannot be read as an image"),
         (("MODEL", "BROKEN_FOLDER"), "broken.png (image file is truncated"),
         (("MODEL", "PHOTO", "--size", "50"), "image size 50 is not a multiple of the patch size 8; use 48 or 56."),

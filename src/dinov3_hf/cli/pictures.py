@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from dinov3_hf.data.decoding import UnreadableImage, open_image
 from dinov3_hf.data.sources.files import PACKED_SUFFIXES
 from dinov3_hf.data.sources.recipe import RECIPE_SUFFIXES
 from dinov3_hf.data.sources.spec import load_images
@@ -28,10 +29,11 @@ def read_pictures(source: str, limit: int) -> list[Image.Image]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() not in (*PACKED_SUFFIXES, *RECIPE_SUFFIXES):
         try:
-            with Image.open(path) as image:
-                return [ImageOps.exif_transpose(image).convert("RGB")]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-            raise ValueError(f"{path} cannot be read as an image; give a JPEG or PNG file, for example.") from error
+            return [to_picture(open_image(path, num_channels=3).decode())]
+        except UnreadableImage as error:
+            raise ValueError(
+                f"{path} cannot be read as an image ({error}); give a JPEG or PNG file, for example."
+            ) from error
     images = load_images(source, "test" if source == "digits" else None)
     if images.labels is None:
         rows = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
