@@ -134,6 +134,15 @@ def test_three_in_a_row_end_the_run_and_the_checkpoint_stays_good(tmp_path, capl
     assert not (tmp_path / "teacher").exists()
 
 
+def test_skipped_steps_push_no_checkpoint_out(tmp_path):
+    spoiler = Spoiler()
+    callbacks = [AtSteps({3, 4, 5}, spoiler.spoil, spoiler.mend)]
+    trainer = make_trainer(tmp_path, callbacks, save_strategy="steps", save_steps=1, save_total_limit=1)
+    with pytest.raises(RuntimeError, match="the third step in a row"):
+        trainer.train()
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (2, 3, 4)]
+
+
 def two_ranks_of_which_one_goes_wrong(folder: str) -> dict[str, torch.Tensor]:
     os.environ |= {"RANK": str(rank()), "LOCAL_RANK": str(rank()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

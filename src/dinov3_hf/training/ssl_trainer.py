@@ -370,7 +370,8 @@ class SSLTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-        if args.should_save:
+        # Behind a skipped step the weights may be ruined already: keep what was saved before.
+        if args.should_save and not self.guard.step_was_skipped:
             remove_old_checkpoints(output_dir, step, args.save_total_limit, args.keep_every_steps)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
