@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 _TEMPLATE = """
-# {name}
+# {title}
 
 A {architecture} ({parameters:.1f} M parameters), pre-trained without labels by the objective of
 [DINOv3](https://arxiv.org/abs/2508.10104) with `dinov3_hf`.
@@ -14,8 +14,9 @@ A {architecture} ({parameters:.1f} M parameters), pre-trained without labels by 
 ```python
 from transformers import AutoImageProcessor, AutoModel
 
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}")
+folder = "."  # where this file is, or the name of its repository on the Hub
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder)
 ```
 
 The image processor asks for torchvision. `pooler_output` is the normalised CLS token, one feature an image;
@@ -30,20 +31,26 @@ The image processor asks for torchvision. `pooler_output` is the normalised CLS 
 
 
 def write_model_card(
-    folder: Path, architecture: str, num_parameters: int, num_registers: int, facts: Mapping[str, object]
+    folder: Path,
+    title: str,
+    architecture: str,
+    num_parameters: int,
+    num_registers: int,
+    facts: Mapping[str, object],
 ) -> None:
     """
     Write `README.md` for a backbone folder.
 
     Args:
-        folder: the model folder; its name becomes the card's title.
+        folder: the model folder.
+        title: of the card, for example the name of the run.
         architecture: for example "ViT with 12 blocks of width 384 and patches of 16 px".
         num_parameters: of the backbone.
         num_registers: register tokens of the backbone.
         facts: rows of the card's table, for example the recipe, the steps, the evaluation results.
     """
     content = _TEMPLATE.format(
-        name=folder.name,
+        title=title,
         architecture=architecture,
         parameters=num_parameters / 1e6,
         num_registers=num_registers,

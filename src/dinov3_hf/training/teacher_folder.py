@@ -37,6 +37,7 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path, fact
     config = teacher.backbone.config
     write_model_card(
         folder,
+        title=args.run_name or Path(args.output_dir or folder).name,
         architecture=(
             f"ViT with {config.num_hidden_layers} blocks of width {config.hidden_size} "
             f"and patches of {config.patch_size} px"
