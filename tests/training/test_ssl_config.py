@@ -262,6 +262,8 @@ def test_arguments_that_cannot_be_parsed(tmp_path, fields, message):
         ({"blur_probabilities": [0.5]}, r"blur_probabilities \[0.5\] must be 3 numbers"),
         ({"save_steps": 0.5, "save_strategy": "never"}, r"never"),
         ({"keep_every_steps": 0}, r"keep_every_steps 0 is not positive; use null"),
+        ({"save_steps": 0, "save_strategy": "steps"}, r"save_steps 0 is not positive; for no checkpoints use"),
+        ({"image_std": [0.2, 0.0, 0.2]}, r"image_std \[0.2, 0.0, 0.2\] has a value that is not positive"),
         (
             {"keep_every_steps": 10, "save_steps": 4, "save_strategy": "steps"},
             r"not a multiple of save_steps 4.* use 12",

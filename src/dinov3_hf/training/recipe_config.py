@@ -274,6 +274,10 @@ class RecipeConfig(TrainingArguments):
     def _check_saving(self) -> None:
         if self.save_strategy == SaveStrategy.BEST:
             raise ArgumentError("save_strategy best is not supported; use steps with save_total_limit.")
+        if self.save_strategy == SaveStrategy.STEPS and self.save_steps <= 0:
+            raise ValueError(
+                f"save_steps {self.save_steps:g} is not positive; for no checkpoints use save_strategy no."
+            )
         every = self.keep_every_steps
         if every is None:
             return

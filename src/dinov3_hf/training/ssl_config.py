@@ -249,6 +249,8 @@ class SSLConfig(RecipeConfig):
             values = self.__dict__[name]
             if len(values) != len(example) or not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"{name} {values} must be {len(example)} numbers from 0 to 1, such as {example}.")
+        if not all(value > 0 for value in self.image_std):
+            raise ValueError(f"image_std {self.image_std} has a value that is not positive; pixels are divided by it.")
         for name in ("mask_ratio", "global_crop_scale", "local_crop_scale"):
             pair = self.__dict__[name]
             if len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= 1:
