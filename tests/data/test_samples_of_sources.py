@@ -126,7 +126,7 @@ def test_broken_images_of_a_stream_are_replaced(tmp_path):
     images = load_images(f"stream:{tmp_path}/broken.parquet")
     report = [entry for batch in load(images) for entry in batch["unreadable"]]
     assert len(report) >= NUM_POSITIONS // 5
-    assert all(name.startswith(f"{tmp_path}/broken.parquet image ") for name, _ in report)
+    assert all(name.startswith(f"{tmp_path}/broken.parquet shard 0 row ") for name, _ in report)
 
 
 def test_nothing_but_broken_images(tmp_path):

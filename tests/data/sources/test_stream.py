@@ -4,6 +4,8 @@ import io
 import tarfile
 import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 
 import numpy as np
@@ -13,11 +15,16 @@ from PIL import Image
 from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.data.sources.mixture import Mixture, Part
 from dinov3_hf.data.sources.spec import load_images
-from dinov3_hf.data.sources.stream import NUM_KEPT, read_ahead
+from dinov3_hf.data.sources.stream import NUM_KEPT, ROWS_OF_A_SHARD, read_ahead
 from tests.data.sources.writing import number_of, write_folder, write_parquet, write_tar
 from tests.testing_utils import TEST_DATA, require_package, require_test_data
 
 pytestmark = [require_package("datasets"), require_package("pyarrow")]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
 
 
 def decoded(content: bytes) -> int:
@@ -49,7 +56,9 @@ def test_an_epoch_is_every_image_once(shards):
     epochs = [drawn[start : start + 90] for start in (0, 90, 180)]
     for number, epoch in enumerate(epochs):
         assert {entry[0] for entry in epoch} == {number}
-        assert sorted(entry[1] for entry in epoch) == list(range(90))
+        assert sorted(divmod(entry[1], ROWS_OF_A_SHARD) for entry in epoch) == [
+            (shard, row) for shard in range(3) for row in range(30)
+        ]
         assert sorted(entry[2] for entry in epoch) == list(range(90))
     orders = [[entry[2] for entry in epoch] for epoch in epochs]
     assert orders[0] != orders[1] != orders[2]
@@ -61,8 +70,10 @@ def test_an_epoch_is_every_image_once(shards):
 
 
 def test_images_move_within_their_window_only(shards):
-    for index, (_, place, _) in enumerate(samples(open_stream(shards), 90)):
-        assert index // 16 == place // 16
+    read = [divmod(index, ROWS_OF_A_SHARD) for _, index, _ in samples(open_stream(shards), 90)]
+    in_turn = list(dict.fromkeys(shard for shard, _ in read))
+    for place, (shard, row) in enumerate(read):
+        assert (30 * in_turn.index(shard) + row) // 16 == place // 16
 
 
 @pytest.mark.invariant
@@ -84,11 +95,33 @@ def test_tar_files_and_remote_addresses(tmp_path):
     assert samples(remote, 50) == samples(stream, 50)
 
 
+def test_shards_on_a_web_server(tmp_path):
+    pytest.importorskip("aiohttp")
+    write_tar(tmp_path / "0.tar", range(20))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        stream = load_images(f"stream:http://127.0.0.1:{server.server_port}/0.tar")
+        assert sorted(entry[2] for entry in samples(stream, 20)) == list(range(20))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_first_images_are_rows(shards):
     stream = open_stream(shards)
     assert len(stream) == NUM_KEPT
     assert [number_of(stream.image(i)) for i in range(NUM_KEPT)] == list(range(NUM_KEPT))
-    assert stream.name(5).endswith(".parquet image 5")
+    assert stream.name(5).endswith(".parquet shard 0 row 5")
+
+
+def test_an_image_has_one_name_in_all_epochs(shards):
+    stream = open_stream(shards)
+    names: dict[bytes, set[str]] = {}
+    for _, index, content in islice(stream.samples(0, 0, 0), 360):
+        names.setdefault(content, set()).add(stream.name(index))
+    assert all(len(found) == 1 for found in names.values())
+    assert len(set.union(*names.values())) == len(names)
     assert stream.num_images is None
     assert stream.fingerprint() == {"stream": "shard-{0..2}.parquet", "shards": 3, "shuffle_buffer": 16}
 

@@ -20,6 +20,8 @@ STREAM_PREFIX = "stream:"
 SHUFFLE_BUFFER = 1000
 # So many images from the front of a stream stay in memory: they stand in for images that cannot be read.
 NUM_KEPT = 64
+# More than a shard has: `index` of an image is its shard times this and its row, the same in every epoch.
+ROWS_OF_A_SHARD = 2**32
 
 Item = TypeVar("Item")
 
@@ -76,10 +78,11 @@ class ImageStream(ImageSource):
         return None
 
     def content(self, i: int) -> bytes:
-        return self.kept[i]
+        return self.kept[i][1]
 
     def name(self, i: int) -> str:
-        return f"{self.data} image {i}"
+        shard, row = divmod(self.kept[i][0] if i < len(self.kept) else i, ROWS_OF_A_SHARD)
+        return f"{self.data} shard {shard} row {row}"
 
     def fingerprint(self) -> dict[str, Any]:
         name = Path(self.data).name  # without the folder, which may move
@@ -88,36 +91,34 @@ class ImageStream(ImageSource):
     def samples(self, seed: int, source: int, start: int) -> Iterator[tuple[int, int, bytes]]:
         """Yield (epoch, index, encoded image) without end, from the image number `start` of the run on.
 
-        An epoch reads the shards in an order of its own and shuffles each `shuffle_buffer` images; `index` counts in
-        the order of reading. What comes before `start` is read and dropped.
+        An epoch reads the shards in an order of its own and shuffles each `shuffle_buffer` images; `index` tells shard
+        and row. What comes before `start` is read and dropped.
         """
         epoch, offset = 0, start
         while True:
             if self.num_samples is not None:
                 epoch, offset = epoch + offset // self.num_samples, offset % self.num_samples
             num_read = 0
-            for index, content in self._epoch(seed, source, epoch, offset):
-                num_read = max(num_read, index + 1)
-                if content is not None:
+            for index, content in self._epoch(seed, source, epoch):
+                num_read += 1
+                if num_read > offset:
                     yield epoch, index, content
             self.num_samples = num_read
             epoch, offset = epoch + 1, max(0, offset - num_read)
 
-    def _epoch(self, seed: int, source: int, epoch: int, offset: int) -> Iterator[tuple[int, bytes | None]]:
-        """Yield (index, encoded image) of an epoch; the first `offset` of them without their images."""
+    def _epoch(self, seed: int, source: int, epoch: int) -> Iterator[tuple[int, bytes]]:
         shards = random_generator(seed, Stream.ORDER, source, epoch).permutation(self.dataset.num_shards)
-        contents = read_ahead(self._read(shards), self.shuffle_buffer)
+        images = read_ahead(self._read(shards), self.shuffle_buffer)
         start = 0
-        while window := list(islice(contents, self.shuffle_buffer)):
-            order = random_generator(seed, Stream.WINDOWS, source, epoch, start).permutation(len(window))
-            for place, row in enumerate(order, start):
-                yield start + int(row), window[row] if place >= offset else None
+        while window := list(islice(images, self.shuffle_buffer)):
+            for i in random_generator(seed, Stream.WINDOWS, source, epoch, start).permutation(len(window)):
+                yield window[i]
             start += len(window)
 
-    def _read(self, shards: Iterable[int]) -> Iterator[bytes]:
-        for shard in shards:
-            for row in self.dataset.shard(self.dataset.num_shards, int(shard)):
-                yield _encoded(row[self.column])
+    def _read(self, shards: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        for shard in map(int, shards):
+            for row, sample in enumerate(self.dataset.shard(self.dataset.num_shards, shard)):
+                yield shard * ROWS_OF_A_SHARD + row, _encoded(sample[self.column])
 
 
 def _encoded(value: Any) -> bytes:
