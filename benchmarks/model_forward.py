@@ -26,7 +26,8 @@ TIMM_NAMES = {
 def build(size: str, dtype: torch.dtype, device: str) -> dict[str, torch.nn.Module]:
     config = DINOv3ViTConfig.from_preset(size)
     models = {
-        "ours": DINOv3ViTModel(config),
+        # Equal precision: transformers rotates queries and keys in the images' dtype, ours in float32 unless told so.
+        "ours": DINOv3ViTModel(DINOv3ViTConfig.from_dict({**config.to_dict(), "rope_dtype": str(dtype)[6:]})),
         "transformers": transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig.from_dict(config.to_dict())),
         "timm": timm.create_model(TIMM_NAMES[size], pretrained=False, num_classes=0),
     }
