@@ -5,7 +5,6 @@ The headers of a tar file are read once; then every image is read by its place. 
 """
 
 import hashlib
-import mmap
 import os
 import tarfile
 import tempfile
@@ -20,8 +19,6 @@ from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest, one
 
 NO_LABEL = -1
 LABEL_SUFFIX = ".cls"
-# Headers that go on in the blocks behind them: long names and the like.
-EXTENDED_TYPES = (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 @dataclass(frozen=True)
@@ -131,28 +128,17 @@ def _scan(path: Path) -> TarIndex:
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the headers of a tar file; `tarfile` by itself would take a broken one for the end of the file."""
-    with (
-        tarfile.open(path, mode="r:") as tar,
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
-    ):
-        offset = 0
-        while any(block := memory[offset : offset + tarfile.BLOCKSIZE]):  # zeros or nothing at the end
-            member = tarfile.TarInfo.frombuf(block, tar.encoding, tar.errors)
-            if member.type in EXTENDED_TYPES:
-                file.seek(offset)
-                tar.fileobj = file
-                member = tarfile.TarInfo.fromtarfile(tar)
-                offset = tar.offset
-            else:
-                member.offset, member.offset_data = offset, offset + tarfile.BLOCKSIZE
-                has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
-                num_blocks = -(-member.size // tarfile.BLOCKSIZE) if has_content else 0
-                offset = member.offset_data + num_blocks * tarfile.BLOCKSIZE
-            if member.offset_data + member.size > len(memory):
+    """Yield the headers of a tar file."""
+    size = path.stat().st_size
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # it would keep them all
+            if member.offset_data + member.size > size:
                 raise tarfile.ReadError("it is cut short")
             yield member
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):  # zeros or nothing at the end; it takes a broken header for that
+            raise tarfile.ReadError("bad checksum")
 
 
 def _label(path: Path, member: tarfile.TarInfo) -> int:
