@@ -23,15 +23,15 @@ TIMM_NAMES = {
 }
 
 
-def build(size: str, dtype: torch.dtype, device: str) -> dict[str, torch.nn.Module]:
+def build(size: str, dtype: str, device: str) -> dict[str, torch.nn.Module]:
     config = DINOv3ViTConfig.from_preset(size)
     models = {
         # Equal precision: transformers rotates queries and keys in the images' dtype, ours in float32 unless told so.
-        "ours": DINOv3ViTModel(DINOv3ViTConfig.from_dict({**config.to_dict(), "rope_dtype": str(dtype)[6:]})),
+        "ours": DINOv3ViTModel(DINOv3ViTConfig.from_dict({**config.to_dict(), "rope_dtype": dtype})),
         "transformers": transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig.from_dict(config.to_dict())),
         "timm": timm.create_model(TIMM_NAMES[size], pretrained=False, num_classes=0),
     }
-    return {name: model.to(device, dtype).eval() for name, model in models.items()}
+    return {name: model.to(device, torch.__dict__[dtype]).eval() for name, model in models.items()}
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     rows = []
     for size in args.sizes:
         for dtype in args.dtypes:
-            models = build(size, torch.__dict__[dtype], device)
+            models = build(size, dtype, device)
             for batch in args.batches:
                 images = torch.randn(batch, 3, args.image_size, args.image_size, device=device).to(
                     torch.__dict__[dtype]

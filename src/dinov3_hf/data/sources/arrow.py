@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dinov3_hf.data.decoding import Content
-from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split, digest, first_line, one_line
+from dinov3_hf.data.sources.base import (
+    SPLIT_NAMES,
+    ImageSource,
+    NoSuchSplit,
+    Split,
+    digest,
+    first_line,
+    one_line,
+    part_and_row,
+)
 from dinov3_hf.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -62,9 +71,8 @@ class ArrowImages(ImageSource):
         return Path(value) if isinstance(value, str) else value or b""
 
     def name(self, i: int) -> str:
-        file = int(np.searchsorted(self.ends, i, side="right"))
-        start = int(self.ends[file - 1]) if file else 0
-        return f"{self.files[file]} row {i - start}"
+        file, row = part_and_row(self.ends, i)
+        return f"{self.files[file]} row {row}"
 
     def fingerprint(self) -> dict[str, Any]:
         names = [f"{Path(name).name} {end}".encode() for name, end in zip(self.files, self.ends, strict=True)]

@@ -102,6 +102,16 @@ def as_source(images: Images, num_channels: int) -> ImageSource:
     return images if isinstance(images, ImageSource) else GivenImages(images, num_channels)
 
 
+def part_and_row(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """Where row `i` of several parts in a row is: the number of its part, and its row there.
+
+    Args:
+        ends: rows up to and with each part, int64 (parts,), ascending.
+    """
+    part = int(np.searchsorted(ends, i, side="right"))
+    return part, i - (int(ends[part - 1]) if part else 0)
+
+
 def digest(parts: Iterable[bytes]) -> str:
     """A short name for a sequence of names: 16 hexadecimal digits."""
     hasher = hashlib.sha256()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinov3_hf.data.decoding import Content
-from dinov3_hf.data.sources.base import ImageSource
+from dinov3_hf.data.sources.base import ImageSource, part_and_row
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Mixture(ImageSource):
         return None if None in numbers else sum(number for number in numbers if number is not None)
 
     def _place(self, i: int) -> tuple[ImageSource, int]:
-        number = int(np.searchsorted(self.ends, i, side="right"))
-        return self.parts[number].source, i - (int(self.ends[number - 1]) if number else 0)
+        number, row = part_and_row(self.ends, i)
+        return self.parts[number].source, row
 
     def content(self, i: int) -> Content:
         source, row = self._place(i)

@@ -159,7 +159,7 @@ class _Opener:
         if len(kinds) > 1:
             raise ValueError(f"{self.data} has files of several kinds ({', '.join(kinds)}); name those of one kind.")
         if self.shuffle_buffer is not None:
-            return self._stream(BUILDERS[kinds[0]], {"data_files": [str(path.resolve()) for path in files]})
+            return self._stream(BUILDERS[kinds[0]], [str(path.resolve()) for path in files])
         if kinds == [".parquet"]:
             return open_parquet(files, self.data, self.labelled, self.num_channels, self.column)
         return TarImages(files, self.data, self.labelled, self.num_channels)
@@ -170,7 +170,7 @@ class _Opener:
         builder = BUILDERS.get(Path(self.data).suffix.lower())
         if builder is None:
             raise ValueError(f"{self.data} cannot be streamed; its files must end in {' or '.join(PACKED_SUFFIXES)}.")
-        return self._stream(builder, {"data_files": expand_braces(self.data)})
+        return self._stream(builder, expand_braces(self.data))
 
     def _open_hub(self, repository: str, config: str | None, own_split: str | None) -> ImageSource:
         own_split = own_split or self.own_split
@@ -180,10 +180,10 @@ class _Opener:
         rows = hub_rows(self.data, repository, config, own_split, self.split)
         return open_rows(rows, self.data, self.labelled, self.num_channels, self.column)
 
-    def _stream(self, builder: str, files: dict[str, list[str]]) -> ImageStream:
+    def _stream(self, builder: str, files: list[str]) -> ImageStream:
         assert self.shuffle_buffer is not None
         with one_line(f"{self.data} cannot be streamed", "check the address and the files"):
-            rows = import_datasets().load_dataset(builder, **files, split="train", streaming=True)
+            rows = import_datasets().load_dataset(builder, data_files=files, split="train", streaming=True)
         return ImageStream(rows, self.data, self.num_channels, self.shuffle_buffer, self.column)
 
     def _refuse_streaming(self, reason: str) -> None:

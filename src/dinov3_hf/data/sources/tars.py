@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest, one_line
+from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest, one_line, part_and_row
 
 NO_LABEL = -1
 LABEL_SUFFIX = ".cls"
@@ -69,7 +69,7 @@ class TarImages(ImageSource):
         return len(self.starts)
 
     def _file(self, i: int) -> Path:
-        return self.files[int(np.searchsorted(self.ends, i, side="right"))]
+        return self.files[part_and_row(self.ends, i)[0]]
 
     def content(self, i: int) -> bytes:
         with self._file(i).open("rb") as file:
@@ -132,7 +132,6 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
     size = path.stat().st_size
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # it would keep them all
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("it is cut short")
             yield member
