@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "_compat": set(),
     "errors": set(),
+    "field_types": {"errors"},
     "yaml_text": {"errors"},
     "auto": {"models"},
     "recipes": set(),
@@ -31,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"models", "recipes"},
     "cli": {"*"},
 }
-EVERYONE_MAY_IMPORT = {"_compat", "errors", "yaml_text", "__init__"}
+EVERYONE_MAY_IMPORT = {"_compat", "errors", "field_types", "yaml_text", "__init__"}
 # Programs beside the package.
 PROGRAMS: dict[str, set[str]] = {"training_scripts": {"*"}, "conversion": {"convert", "cli"}}
 

@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Hashable
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -72,6 +74,29 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ArgumentError(f"{source}{line} is not valid YAML: {error.problem}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ArgumentError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def read_yaml_mapping(path: Path | Traversable, source: str, otherwise: str, form: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: of the file.
+        source: what it is called in messages.
+        otherwise: what to do about a file that cannot be read.
+        form: what to write into one that is not a mapping.
+
+    Raises:
+        ArgumentError: the file cannot be read, or is not a YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ArgumentError(f"{source} cannot be read ({reason}); {otherwise}.") from None
+    values = parse_yaml(text, source)
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{source} is not a mapping; {form}.")
+    return values
 
 
 def dump_yaml(value: Any, inline: bool = False) -> str:

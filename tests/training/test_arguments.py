@@ -7,9 +7,9 @@ import pytest
 
 from dinov3_hf.cli.errors import run
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.field_types import describe, fit_to_annotation
 from dinov3_hf.recipes.pages import recipe_summaries
 from dinov3_hf.training.arguments import parse_arguments
-from dinov3_hf.training.field_types import describe, fit_to_annotation
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.training.ssl_config import SSLConfig
 

@@ -9,10 +9,10 @@ import torch
 from transformers import TrainingArguments
 
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.models.dinov3_pretraining.backbones import own_annotations
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training import precision, recipe_config
 from dinov3_hf.training.batch_arithmetic import check_koleo_groups, micro_batch_size
-from dinov3_hf.training.field_types import own_annotations
 from dinov3_hf.training.recipe_config import RecipeConfig
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.training.ssl_config import SSLConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3_hf.errors import ArgumentError, did_you_mean
-from dinov3_hf.yaml_text import parse_yaml
+from dinov3_hf.yaml_text import read_yaml_mapping
 
 
 def recipe_names() -> list[str]:
@@ -32,19 +32,16 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     Raises:
         ArgumentError: there is no such recipe, or it is not a YAML mapping.
     """
-    if recipe in recipe_names():
-        text = (files("dinov3_hf.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
+    names = recipe_names()
+    if recipe in names:
+        page = files("dinov3_hf.recipes") / f"{recipe}.yaml"
     elif Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file():
-        try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ArgumentError(
-                f"recipe {recipe} cannot be read ({reason}); give a YAML file, or one of {', '.join(recipe_names())}."
-            ) from None
+        page = Path(recipe)
     else:
-        raise ArgumentError(f"there is no recipe {recipe!r}; {did_you_mean(recipe, recipe_names())}")
-    fields = parse_yaml(text, f"recipe {recipe}")
-    if not isinstance(fields, dict):
-        raise ArgumentError(f"recipe {recipe} is not a mapping; write one `field: value` on each line.")
-    return fields
+        raise ArgumentError(f"there is no recipe {recipe!r}; {did_you_mean(recipe, names)}")
+    return read_yaml_mapping(
+        page,
+        f"recipe {recipe}",
+        otherwise=f"give a YAML file, or one of {', '.join(names)}",
+        form="write one `field: value` on each line",
+    )

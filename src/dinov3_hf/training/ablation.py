@@ -12,10 +12,10 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.field_types import fit_mapping
 from dinov3_hf.training.arguments import parse_arguments
-from dinov3_hf.training.field_types import fit_mapping
 from dinov3_hf.training.ssl_config import SSLConfig
-from dinov3_hf.yaml_text import dump_yaml, parse_yaml
+from dinov3_hf.yaml_text import dump_yaml, parse_yaml, read_yaml_mapping
 
 FULL = "full"
 METRIC = "eval_knn_top1"
@@ -131,14 +131,9 @@ def read_plan(path: str, changes: Mapping[str, str]) -> Plan:
 
 
 def _read_entries(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ArgumentError(f"plan {path} cannot be read ({reason}); give a YAML file.") from None
-    entries = parse_yaml(text, f"plan {path}")
-    if not isinstance(entries, dict):
-        raise ArgumentError(f"plan {path} is not a mapping; its entries are {', '.join(ENTRIES)}.")
+    entries = read_yaml_mapping(
+        Path(path), f"plan {path}", otherwise="give a YAML file", form=f"its entries are {', '.join(ENTRIES)}"
+    )
     entries = {"base": {}, **fit_mapping(f"plan {path}", entries, ENTRIES)}
     missing = [name for name in ENTRIES if name not in entries]
     if missing:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from dinov3_hf.errors import ArgumentError, did_you_mean
+from dinov3_hf.field_types import describe, fit_to_annotation
 from dinov3_hf.recipes.pages import read_recipe, recipe_names
-from dinov3_hf.training.field_types import describe, fit_to_annotation
 from dinov3_hf.training.recipe_config import RecipeConfig
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.yaml_text import parse_yaml

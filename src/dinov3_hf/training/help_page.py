@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TrainingArguments
 
+from dinov3_hf.field_types import describe
 from dinov3_hf.recipes.pages import recipe_summaries
-from dinov3_hf.training.field_types import describe
 from dinov3_hf.training.recipe_config import CHANGES_THE_RESULT, EFFICIENCY, ORCHESTRATION, RecipeConfig
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.yaml_text import dump_yaml

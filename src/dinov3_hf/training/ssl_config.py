@@ -10,8 +10,8 @@ from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews, check_crop_size
 from dinov3_hf.data.photometric import Distortions
 from dinov3_hf.errors import ArgumentError, did_you_mean
+from dinov3_hf.field_types import fit_mapping
 from dinov3_hf.training.batch_arithmetic import check_koleo_groups
-from dinov3_hf.training.field_types import fit_mapping, own_annotations
 from dinov3_hf.training.recipe_config import RecipeConfig, changes_the_result, orchestration, plain
 from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_steps
 
@@ -277,6 +277,7 @@ class SSLConfig(RecipeConfig):
 
     @classmethod
     def result_fields(cls, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        from dinov3_hf.models.dinov3_pretraining.backbones import own_annotations
         from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import PROTOTYPE_HEAD_DEFAULTS
 
         values = super().result_fields(recipe)
@@ -364,7 +365,7 @@ class SSLConfig(RecipeConfig):
 
 
 def _backbone_config(backbone: dict[str, Any]) -> PreTrainedConfig:
-    from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict
+    from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict, own_annotations
     from dinov3_hf.models.dinov3_vit.presets import PRESETS
 
     entries = dict(backbone)

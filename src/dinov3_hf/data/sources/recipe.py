@@ -9,17 +9,18 @@ test: labelled/val
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from dinov3_hf.data.sources.arrow import HUB_ID
 from dinov3_hf.data.sources.stream import SHUFFLE_BUFFER, STREAM_PREFIX
 from dinov3_hf.errors import ArgumentError, did_you_mean
-from dinov3_hf.yaml_text import parse_yaml
+from dinov3_hf.field_types import describe, fit_to_annotation
+from dinov3_hf.yaml_text import read_yaml_mapping
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
-TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
+OF_MIXTURE = ("weight", "alone")  # fields that mean something beside other sources only
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,6 @@ class DataRecipe:
         return self.streaming or entry.data.startswith(STREAM_PREFIX)
 
 
-ENTRY_TYPES: dict[str, type] = {
-    "data": str,
-    "weight": float,
-    "alone": bool,
-    "split": str,
-    "config": str,
-    "column": str,
-}
-RECIPE_TYPES: dict[str, type] = {"streaming": bool, "shuffle_buffer": int, "sources": list}
-
-
 def read_data_recipe(path: Path) -> DataRecipe:
     """Read a data recipe; relative paths in it start from its folder.
 
@@ -86,28 +76,19 @@ def read_data_recipe(path: Path) -> DataRecipe:
         ValueError: a weight or a buffer that is not positive.
     """
     where = f"data recipe {path}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {where}; name a YAML file that exists.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{where} cannot be read ({error}); it must be a YAML file.") from None
-    values = parse_yaml(text, where)
-    if not isinstance(values, Mapping):
-        raise ArgumentError(f"{where} is not a mapping; write `sources:` and a list of `- data: FOLDER`.")
-    _check_names(values, [field.name for field in fields(DataRecipe)], where)
-    recipe: dict[str, Any] = {
-        name: _fit(values[name], expected, f"{name} in {where}")
-        for name, expected in RECIPE_TYPES.items()
-        if name in values
-    }
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {where}; name a YAML file that exists.")
+    values = read_yaml_mapping(
+        path, where, otherwise="it must be a YAML file", form="write `sources:` and a list of `- data: FOLDER`"
+    )
+    recipe = _fit(values, {**get_type_hints(DataRecipe), "sources": list, "train": Any, "test": Any}, where, " in ")
     recipe["sources"] = tuple(
         _entry(entry, f"source {number} in {where}", path.parent, of_mixture=True)
         for number, entry in enumerate(recipe.get("sources", []), 1)
     )
     for name in ("train", "test"):
-        if name in values:
-            recipe[name] = _entry(values[name], f"{name} in {where}", path.parent, of_mixture=False)
+        if name in recipe:
+            recipe[name] = _entry(recipe[name], f"{name} in {where}", path.parent, of_mixture=False)
     _check(DataRecipe(**recipe), where)
     return DataRecipe(**recipe)
 
@@ -132,14 +113,11 @@ def _entry(value: Any, where: str, folder: Path, of_mixture: bool) -> Entry:
         value = {"data": value}
     if not isinstance(value, Mapping):
         raise ArgumentError(f"{where} is {value!r}; write `data: FOLDER`.")
-    known = [name for name in ENTRY_TYPES if of_mixture or name not in ("weight", "alone")]
-    _check_names(value, known, where)
-    required = [field.name for field in fields(Entry) if field.default is MISSING]
-    for name in required:
-        if name not in value:
-            raise ArgumentError(f"{where} has no {name}; write `{name}: FOLDER`.")
-    fitted = {name: _fit(entry, ENTRY_TYPES[name], f"{name} of {where}") for name, entry in value.items()}
-    return Entry(**fitted | {"data": _resolve(fitted["data"], folder)})
+    known = {name: hint for name, hint in get_type_hints(Entry).items() if of_mixture or name not in OF_MIXTURE}
+    entry = _fit(value, known, where, " of ")
+    if "data" not in entry:
+        raise ArgumentError(f"{where} has no data; write `data: FOLDER`.")
+    return Entry(**entry | {"data": _resolve(entry["data"], folder)})
 
 
 def _resolve(data: str, folder: Path) -> str:
@@ -153,15 +131,16 @@ def _resolve(data: str, folder: Path) -> str:
     return str(folder / data)
 
 
-def _check_names(values: Mapping[str, Any], known: list[str], where: str) -> None:
-    for name in values:
-        if name not in known:
-            raise ArgumentError(f"{where} has a field {name!r}, which does not exist; {did_you_mean(name, known)}")
-
-
-def _fit(value: Any, expected: type, where: str) -> Any:
-    if expected is float and type(value) is int:
-        return float(value)
-    if type(value) is not expected:
-        raise ArgumentError(f"{where} is {value!r}; expected {TYPE_NAMES[expected]}.")
-    return value
+def _fit(values: Mapping[str, Any], annotations: Mapping[str, Any], where: str, of: str) -> dict[str, Any]:
+    """`values` with each of the type that `annotations` give it."""
+    fitted = {}
+    for name, value in values.items():
+        if name not in annotations:
+            raise ArgumentError(
+                f"{where} has a field {name!r}, which does not exist; {did_you_mean(name, annotations)}"
+            )
+        try:
+            fitted[name] = fit_to_annotation(value, annotations[name])
+        except TypeError:
+            raise ArgumentError(f"{name}{of}{where} is {value!r}; expected {describe(annotations[name])}.") from None
+    return fitted

@@ -4,6 +4,7 @@ A backbone takes a list of crop groups (`pixel_values`, `bool_masked_pos`) and r
 (normalised CLS token) and `last_hidden_state` ([prefix tokens, patches], normalised). A new family is one line below.
 """
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,3 +36,12 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A freshly initialised backbone for `config`."""
     _, model_class = BACKBONES[config.model_type]
     return model_class(config)
+
+
+def own_annotations(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Public fields that a configuration class and its bases add to those of every `PreTrainedConfig`."""
+    own_classes = [cls for cls in config_class.__mro__ if not issubclass(PreTrainedConfig, cls)]
+    annotations: dict[str, Any] = {}
+    for cls in reversed(own_classes):
+        annotations |= inspect.get_annotations(cls)
+    return {name: hint for name, hint in annotations.items() if not name.startswith("_")}

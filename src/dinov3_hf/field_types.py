@@ -1,12 +1,9 @@
 """Fits a value read from YAML to the type annotation of the field that it is meant for."""
 
-import inspect
 import types
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
-
-from transformers import PreTrainedConfig
 
 from dinov3_hf.errors import ArgumentError, did_you_mean
 
@@ -119,12 +116,3 @@ def describe(annotation: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def own_annotations(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Public fields that a configuration class and its bases add to those of every `PreTrainedConfig`."""
-    own_classes = [cls for cls in config_class.__mro__ if not issubclass(PreTrainedConfig, cls)]
-    annotations: dict[str, Any] = {}
-    for cls in reversed(own_classes):
-        annotations |= inspect.get_annotations(cls)
-    return {name: hint for name, hint in annotations.items() if not name.startswith("_")}
