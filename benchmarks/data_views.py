@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import append_results, paired_medians
+from harness import append_results, paired_times
 from PIL import Image
 from skimage import data
 from torch import Tensor
@@ -106,7 +106,9 @@ def measure(paths: list[Path], with_gram: bool, num_images: int, seconds: float)
         return [torch.stack(crops) for crops in zip(*samples, strict=True)]
 
     ours = {"ours, worker": worker, f"ours, batched on {device}": on_device}
-    medians = paired_medians({"torchvision on PIL": peer, **ours}, seconds)
+    candidates = {"torchvision on PIL": peer, **ours}
+    times = paired_times(candidates, seconds)
+    medians = {name: times.median(name) for name in candidates}
     return medians | {"ours, both": sum(medians[name] for name in ours)}
 
 

@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,32 @@ import torch
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
-def paired_medians(
-    candidates: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 2
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class PairedTimes:
+    """Seconds of each candidate, one value a round."""
+
+    rounds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median time in seconds."""
+        return statistics.median(self.rounds[name])
+
+    def ratio(self, name: str, peer: str) -> float:
+        """Median over the rounds of `name`'s time by `peer`'s: what slows one whole round down drops out of it."""
+        return statistics.median(self._ratios(name, peer))
+
+    def ratio_text(self, name: str, peer: str) -> str:
+        """The ratio, and in brackets the quartiles between which half of the rounds lie."""
+        low, _, high = statistics.quantiles(self._ratios(name, peer), n=4)
+        return f"{self.ratio(name, peer):.3f} ({low:.3f} to {high:.3f})"
+
+    def _ratios(self, name: str, peer: str) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(self.rounds[name], self.rounds[peer], strict=True)]
+
+
+def paired_times(candidates: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 2) -> PairedTimes:
     """
-    Median time of each candidate in seconds.
+    Time the candidates round by round.
 
     Args:
         candidates: Name -> what to run. Each round runs all of them, in an order that rotates.
@@ -38,7 +60,7 @@ def paired_medians(
             if rounds >= warmup:
                 times[name].append(time.perf_counter() - begin)
         rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return PairedTimes(times)
 
 
 def machine() -> str:

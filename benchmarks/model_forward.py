@@ -2,7 +2,8 @@
 
     python benchmarks/model_forward.py [--sizes vits16 vitb16] [--batches 1 16] [--dtypes float32 bfloat16]
 
-Prints milliseconds (median of interleaved runs) and ours / peer: below 1 is faster than the peer.
+Prints milliseconds (median of interleaved runs) and ours / peer (median and quartiles of the rounds): below 1 is
+faster than the peer.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from functools import partial
 import timm
 import torch
 import transformers
-from harness import append_results, paired_medians
+from harness import append_results, paired_times
 
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
@@ -58,12 +59,11 @@ def main() -> None:
                         "transformers": partial(models["transformers"], images),
                         "timm": partial(models["timm"].forward_features, images),
                     }
-                    medians = paired_medians(calls, args.seconds)
-                ours = medians["ours"]
+                    times = paired_times(calls, args.seconds)
                 rows.append(
                     [size, dtype, str(batch)]
-                    + [f"{1000 * medians[name]:.1f}" for name in calls]
-                    + [f"{ours / medians[name]:.3f}" for name in ("transformers", "timm")]
+                    + [f"{1000 * times.median(name):.1f}" for name in calls]
+                    + [times.ratio_text("ours", peer) for peer in ("transformers", "timm")]
                 )
                 print(*rows[-1])
     header = ["model", "dtype", "batch", "ours ms", "transformers ms", "timm ms", "ours / transformers", "ours / timm"]

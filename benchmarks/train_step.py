@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from harness import append_results, paired_medians
+from harness import append_results, paired_times
 from torch import Tensor
 
 from dinov3_hf.data.masking import MaskSampler
@@ -90,9 +90,9 @@ def main() -> None:
         "bf16 autocast, packed": stepper(DINOv3ForPreTraining, config, inputs, bf16=True),
         "bf16 autocast, separate forwards": stepper(SeparateForwards, config, inputs, bf16=True),
     }
-    medians = paired_medians(steps, args.seconds)
-    first = next(iter(medians.values()))
-    rows = [[name, f"{1000 * time:.0f}", f"{time / first:.3f}"] for name, time in medians.items()]
+    times = paired_times(steps, args.seconds)
+    first = next(iter(steps))
+    rows = [[name, f"{1000 * times.median(name):.0f}", times.ratio_text(name, first)] for name in steps]
     append_results(
         f"Training step, {args.size}, {args.batch} images, {args.prototypes} prototypes",
         ["step", "ms", "/ first row"],
