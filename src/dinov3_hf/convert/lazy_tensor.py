@@ -1,0 +1,63 @@
+"""Tensors that are read when they are written, so that a model larger than the memory can be converted."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """
+    A tensor whose values are not in memory yet.
+
+    Args:
+        shape: of what `read` returns.
+        dtype: of what `read` returns.
+        read: Returns the tensor, on the CPU; each call may read it anew.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        """A tensor that is there: in memory, or mapped from a file."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @classmethod
+    def full(cls, shape: Sequence[int], value: float, dtype: torch.dtype) -> "LazyTensor":
+        return cls(tuple(shape), dtype, lambda: torch.full(tuple(shape), value, dtype=dtype))
+
+    def view(self, *shape: int) -> "LazyTensor":
+        """The same values in another shape."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"{self.shape} has no view of shape {shape}; check the checkpoint's architecture.")
+        return LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape))
+
+    def chunk(self, count: int) -> list["LazyTensor"]:
+        """Equal parts along the first axis."""
+        if self.shape[0] % count != 0:
+            raise ValueError(f"{self.shape} cannot be cut into {count} parts; check the checkpoint's architecture.")
+        rows = self.shape[0] // count
+
+        def part(index: int) -> LazyTensor:
+            return LazyTensor(
+                (rows, *self.shape[1:]), self.dtype, lambda: self.read()[index * rows : (index + 1) * rows]
+            )
+
+        return [part(index) for index in range(count)]
+
+
+def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """The parts one after the other along the first axis; they have one dtype."""
+    rows = sum(part.shape[0] for part in parts)
+    return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
+def read_all(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
+    """Every tensor in memory."""
+    return {name: tensor.read() for name, tensor in tensors.items()}
