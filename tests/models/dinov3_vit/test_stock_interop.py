@@ -27,29 +27,10 @@ from tests.models.dinov3_vit.tiny import (
     randomize,
     tiny_model,
 )
-from tests.testing_utils import REPOSITORY, run_python
-
-# Runs a script in a process in which this package looks as if it were not installed.
-WITHOUT_US = """
-import runpy, sys
-from importlib.abc import MetaPathFinder
-
-class Blocker(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "dinov3_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-FLOOR = REPOSITORY / "build" / "floor"
-require_floor = pytest.mark.skipif(
-    not (FLOOR / "installed").exists(), reason="needs the oldest transformers; make build/floor/installed"
-)
+from tests.models.other_process import VERSIONS, run_without_us
 
 
-@pytest.fixture(scope="module", params=["installed", pytest.param("oldest", marks=[require_floor, pytest.mark.slow])])
+@pytest.fixture(scope="module", params=VERSIONS)
 def exchange(request, tmp_path_factory):
     """Our models written, read by the other process, its models written: the folder and its report."""
     folder = tmp_path_factory.mktemp("exchange")
@@ -60,9 +41,7 @@ def exchange(request, tmp_path_factory):
         tiny_model(**fields).save_pretrained(folder / "native" / name)
     inputs = {"pixels_3": images(), "pixels_1": images(channels=1), "mask": random_mask()}
     save_file(inputs, folder / "images.safetensors")
-    environment = {"PYTHONPATH": str(FLOOR)} if request.param == "oldest" else {}
-    done = run_python("-c", WITHOUT_US, Path(__file__).with_name("stock_process.py"), folder, **environment)
-    assert done.returncode == 0, done.stderr
+    run_without_us(request.param, Path(__file__).with_name("stock_process.py"), folder)
     report = json.loads((folder / "report.json").read_text())
     expected = "5.8." if request.param == "oldest" else transformers.__version__
     assert report["transformers"].startswith(expected)
@@ -120,7 +99,7 @@ def test_what_stock_cannot_represent_it_refuses(exchange, name):
     outcomes = exchange.report["native"][name]
     assert len(outcomes) == 4
     assert all(outcome != "loaded" for outcome in outcomes.values()), outcomes
-    assert "dinov3_vit_native" in outcomes["AutoModel"]
+    assert "trust_remote_code=True" in outcomes["AutoModel"]  # our code lies in the folder
     assert "rope_theta" in outcomes["DINOv3ViTModel"]
 
 

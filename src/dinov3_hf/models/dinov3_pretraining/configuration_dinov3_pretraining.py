@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_dict
+from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
 
 PROTOTYPE_HEAD_DEFAULTS: dict[str, Any] = {
     "num_prototypes": 65536,
@@ -17,7 +18,7 @@ PROTOTYPE_HEAD_DEFAULTS: dict[str, Any] = {
 
 
 @strict
-class DINOv3PreTrainingConfig(PreTrainedConfig):
+class DINOv3PreTrainingConfig(RemoteCodeConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`DINOv3ForPreTraining`]. The defaults are the published ViT-L/16 ImageNet-1k recipe.
 
@@ -48,6 +49,8 @@ class DINOv3PreTrainingConfig(PreTrainedConfig):
     """
 
     model_type = "dinov3_pretraining"
+    remote_code_module = "modeling_dinov3_pretraining"
+    remote_code_classes = {"AutoConfig": "DINOv3PreTrainingConfig", "AutoModelForPreTraining": "DINOv3ForPreTraining"}
     sub_configs = {"backbone_config": AutoConfig}  # the choice of attention reaches the backbone
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None

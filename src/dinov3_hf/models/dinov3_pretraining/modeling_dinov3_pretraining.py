@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from dinov3_hf.models.dinov3_pretraining.backbones import build_backbone
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.prototype_head import PrototypeHead
+from dinov3_hf.models.remote_code import RemoteCodeMixin
 from dinov3_hf.objectives.dino import dino_loss
 from dinov3_hf.objectives.ibot import ibot_loss
 from dinov3_hf.objectives.koleo import koleo_loss
@@ -81,7 +82,7 @@ class SSLNetwork(nn.Module):
         self.ibot_head = PrototypeHead(width, **config.ibot_head)
 
 
-class DINOv3ForPreTraining(PreTrainedModel):
+class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
     """
     DINOv3's self-supervised objective: a student is trained to predict what its own moving average, the teacher, says
     of other crops (L_DINO) and of masked patches (L_iBOT), while KoLeo spreads its features.

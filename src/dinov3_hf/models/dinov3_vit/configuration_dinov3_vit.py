@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from dinov3_hf.models.dinov3_vit.presets import PRESETS
+from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
 
 STOCK_MODEL_TYPE = "dinov3_vit"
 NATIVE_MODEL_TYPE = "dinov3_vit_native"
@@ -32,13 +33,13 @@ _POSITIVE_FIELDS = (
 )
 
 
-class DINOv3ViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`DINOv3ViTModel`] and [`DINOv3ViTBackbone`]. It has all fields of the configuration of the same
     name in transformers, with the same defaults, and the options of the original implementation.
 
     A network that transformers can represent is saved with `model_type` `dinov3_vit` and opens there; any other is
-    saved as `dinov3_vit_native` (see `is_stock_representable`).
+    saved as `dinov3_vit_native` (see `is_stock_representable`), with the code that opens it there.
 
     Args:
         patch_size (`int`, *optional*, defaults to 16):
@@ -109,6 +110,12 @@ class DINOv3ViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = STOCK_MODEL_TYPE
+    remote_code_module = "modeling_dinov3_vit"
+    remote_code_classes = {
+        "AutoConfig": "DINOv3ViTNativeConfig",
+        "AutoModel": "DINOv3ViTNativeModel",
+        "AutoBackbone": "DINOv3ViTNativeBackbone",
+    }
 
     patch_size: int | list[int] | tuple[int, int] = 16
     hidden_size: int = 384
@@ -192,6 +199,11 @@ class DINOv3ViTConfig(BackboneConfigMixin, PreTrainedConfig):
             and self.rope_normalize_coords == "separate"
             and self.rope_dtype == "float32"
         )
+
+    @property
+    def needs_remote_code(self) -> bool:
+        """Whether the folder needs our code to open in transformers."""
+        return not self.is_stock_representable
 
     @property
     def head_dim(self) -> int:
