@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinov3_hf.auto import register_auto_classes
+    from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
+    from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextBackbone, DINOv3ConvNextModel
     from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
     from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
     from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DINOv3ConvNextBackbone",
+    "DINOv3ConvNextConfig",
+    "DINOv3ConvNextModel",
     "DINOv3ForPreTraining",
     "DINOv3PreTrainingConfig",
     "DINOv3ViTBackbone",
@@ -31,6 +36,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DINOv3ConvNextBackbone": "dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext",
+    "DINOv3ConvNextConfig": "dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext",
+    "DINOv3ConvNextModel": "dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext",
     "DINOv3ForPreTraining": "dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining",
     "DINOv3PreTrainingConfig": "dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining",
     "DINOv3ViTBackbone": "dinov3_hf.models.dinov3_vit.modeling_dinov3_vit",

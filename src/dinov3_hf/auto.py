@@ -1,7 +1,7 @@
 """Registration with the `Auto*` classes of transformers. No other file touches these registries.
 
-What `transformers` itself opens stays as it is: `AutoModel` on a folder or Hub id of model type `dinov3_vit` returns
-the class of transformers, unless `register_auto_classes(override_native=True)` was called.
+What `transformers` itself opens stays as it is: `AutoModel` on a folder or Hub id of model type `dinov3_vit` or
+`dinov3_convnext` returns the class of transformers, unless `register_auto_classes(override_native=True)` was called.
 """
 
 from transformers import (
@@ -13,11 +13,19 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextNativeConfig,
+)
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import (
+    DINOv3ConvNextBackbone,
+    DINOv3ConvNextModel,
+    DINOv3ConvNextNativeBackbone,
+    DINOv3ConvNextNativeModel,
+)
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import (
-    NATIVE_MODEL_TYPE,
-    STOCK_MODEL_TYPE,
     DINOv3ViTConfig,
     DINOv3ViTNativeConfig,
 )
@@ -28,30 +36,45 @@ from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import (
     DINOv3ViTNativeModel,
 )
 
+# Backbones: configuration, model and backbone classes of a model type of ours.
+NATIVE_BACKBONES = (
+    (DINOv3ViTNativeConfig, DINOv3ViTNativeModel, DINOv3ViTNativeBackbone),
+    (DINOv3ConvNextNativeConfig, DINOv3ConvNextNativeModel, DINOv3ConvNextNativeBackbone),
+)
+# The same under a model type that transformers has too.
+STOCK_BACKBONES = (
+    (DINOv3ViTConfig, DINOv3ViTModel, DINOv3ViTBackbone),
+    (DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ConvNextBackbone),
+)
+
 
 def register_auto_classes(override_native: bool = False) -> None:
     """
     Let the `Auto*` classes find our model types. `import dinov3_hf` has done this already.
 
     Args:
-        override_native: Also open `dinov3_vit` folders and Hub ids with our classes, in this process.
+        override_native: Also open `dinov3_vit` and `dinov3_convnext` folders and Hub ids with our classes, in this
+            process.
 
     Raises:
         ValueError: transformers or another package has one of our model types.
     """
-    if NATIVE_MODEL_TYPE not in _registered:
-        _register_configuration(DINOv3ViTNativeConfig)
-        AutoModel.register(DINOv3ViTNativeConfig, DINOv3ViTNativeModel)
-        AutoBackbone.register(DINOv3ViTNativeConfig, DINOv3ViTNativeBackbone)
+    if DINOv3PreTrainingConfig not in _registered:
+        for config_class, model_class, backbone_class in NATIVE_BACKBONES:
+            _register_configuration(config_class)
+            AutoModel.register(config_class, model_class)
+            AutoBackbone.register(config_class, backbone_class)
         _register_configuration(DINOv3PreTrainingConfig)
         AutoModelForPreTraining.register(DINOv3PreTrainingConfig, DINOv3ForPreTraining)
-        # Our configuration has the name of the one in transformers, which looks classes up by name where it finds no
+        # These configurations have the name of one in transformers, which looks classes up by name where it finds no
         # entry: without these entries `from_config` would build that class. Its own configuration is not touched.
-        AutoModel.register(DINOv3ViTConfig, DINOv3ViTModel, exist_ok=True)
-        AutoBackbone.register(DINOv3ViTConfig, DINOv3ViTBackbone, exist_ok=True)
-        _registered.add(NATIVE_MODEL_TYPE)
+        for config_class, model_class, backbone_class in STOCK_BACKBONES:
+            AutoModel.register(config_class, model_class, exist_ok=True)
+            AutoBackbone.register(config_class, backbone_class, exist_ok=True)
+        _registered.add(DINOv3PreTrainingConfig)
     if override_native:
-        AutoConfig.register(STOCK_MODEL_TYPE, DINOv3ViTConfig, exist_ok=True)
+        for config_class, _, _ in STOCK_BACKBONES:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def _register_configuration(config_class: type[PreTrainedConfig]) -> None:
@@ -65,6 +88,6 @@ def _register_configuration(config_class: type[PreTrainedConfig]) -> None:
     AutoConfig.register(model_type, config_class)
 
 
-_registered: set[str] = set()
+_registered: set[type[PreTrainedConfig]] = set()
 
 register_auto_classes()

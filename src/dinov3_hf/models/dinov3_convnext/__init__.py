@@ -1,0 +1,1 @@
+"""The DINOv3 ConvNeXt, in the file format of the Hugging Face Hub."""
