@@ -12,9 +12,6 @@ from transformers.models.auto.auto_factory import _BaseAutoBackboneClass, _BaseA
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dinov3_hf.cli import info
-from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
-from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
-from dinov3_hf.models.dinov3_vit.presets import PRESETS
 from dinov3_hf.recipes.pages import recipe_summaries
 from tests.testing_utils import run_in_process
 
@@ -32,13 +29,6 @@ def test_registered_classes_are_those_of_the_auto_classes():
             classes = {name: registered[config].__name__ for name, config in ours.items() if config in registered}
             found |= {auto_class.__name__: classes} if classes else {}
     assert found == info.REGISTERED
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_sizes_of_presets(preset):
-    with torch.device("meta"):
-        model = DINOv3ViTModel(DINOv3ViTConfig(**PRESETS[preset]))
-    assert info.presets()[preset]["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_versions_are_those_that_are_imported():
@@ -92,11 +82,29 @@ def test_the_page_and_its_json(capsys, monkeypatch):
     status, page, _ = run_in_process(capsys, "info")
     assert status == 0
     facts = json.loads(run_in_process(capsys, "info", "--json")[1])
-    said = [facts["versions"]["torch"], "cpu", "DINOv3ViTNativeModel", "vit7b16", "6,716.0 M", "quickstart_digits"]
+    said = [
+        facts["versions"]["torch"],
+        "cpu",
+        "DINOv3ViTNativeModel",
+        "vit7b16",
+        "6,716.0 M",
+        "convnext_tiny",
+        "quickstart_digits",
+    ]
     assert all(word in page for word in said)
-    assert facts["presets"]["vit7b16"]["hidden_size"] == 4096
+    assert facts["models"]["vit7b16"]["num_parameters"] == 6_716_043_264
     assert facts["recipes"] == recipe_summaries()
     assert all(f"{name} " in page for name in recipe_summaries())
+
+
+def test_only_the_models(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    status, page, _ = run_in_process(capsys, "info", "--models")
+    assert status == 0
+    assert page.split()[0] == "Models"
+    row = next(line.split() for line in page.splitlines() if line.startswith(" vitb16 "))
+    assert row == ["vitb16", "85.7", "M", "35.9", "215.0", "0.34", "0.17"]
+    assert list(json.loads(run_in_process(capsys, "info", "--models", "--json")[1])) == ["models"]
 
 
 def test_a_missing_package_says_how_to_get_it(capsys, monkeypatch):

@@ -115,4 +115,4 @@ def test_debug_shows_the_traceback():
 
 def test_json_is_all_that_info_prints():
     facts = json.loads(run_cli("info", "--json").stdout)
-    assert set(facts) == {"versions", "devices", "registered", "presets", "recipes"}
+    assert set(facts) == {"versions", "devices", "registered", "models", "recipes"}

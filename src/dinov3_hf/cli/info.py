@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dinov3_hf.models.dinov3_vit.presets import PRESETS
+from dinov3_hf.plan.model_costs import BYTES_OF_A_PARAMETER, IMAGE_SIZES, ModelCost, preset_costs
 from dinov3_hf.recipes.pages import recipe_summaries
 
 # Package -> the extra that brings it ("" = every installation has it).
@@ -42,10 +43,17 @@ PACKAGES = {
 REGISTERED = {
     "AutoConfig": {
         "dinov3_vit_native": "DINOv3ViTNativeConfig",
+        "dinov3_convnext_native": "DINOv3ConvNextNativeConfig",
         "dinov3_pretraining": "DINOv3PreTrainingConfig",
     },
-    "AutoModel": {"dinov3_vit_native": "DINOv3ViTNativeModel"},
-    "AutoBackbone": {"dinov3_vit_native": "DINOv3ViTNativeBackbone"},
+    "AutoModel": {
+        "dinov3_vit_native": "DINOv3ViTNativeModel",
+        "dinov3_convnext_native": "DINOv3ConvNextNativeModel",
+    },
+    "AutoBackbone": {
+        "dinov3_vit_native": "DINOv3ViTNativeBackbone",
+        "dinov3_convnext_native": "DINOv3ConvNextNativeBackbone",
+    },
     "AutoModelForPreTraining": {"dinov3_pretraining": "DINOv3ForPreTraining"},
 }
 
@@ -55,20 +63,25 @@ def register(app: typer.Typer) -> None:
 
 
 def info(
+    only_models: Annotated[bool, typer.Option("--models", help="Only the sizes of model that have a name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
 ) -> None:
-    """Versions, devices and their precisions, registered classes, presets and recipes."""
-    facts = {
-        "versions": versions(),
-        "devices": [cpu(), *nvidia_gpus(), *apple_gpus()],
-        "registered": REGISTERED,
-        "presets": presets(),
-        "recipes": recipe_summaries(),
-    }
+    """Versions, devices and their precisions, registered classes, models and recipes."""
+    facts = {"models": models()} if only_models else all_facts()
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
         show(facts)
+
+
+def all_facts() -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "devices": [cpu(), *nvidia_gpus(), *apple_gpus()],
+        "registered": REGISTERED,
+        "models": models(),
+        "recipes": recipe_summaries(),
+    }
 
 
 def versions() -> dict[str, str | None]:
@@ -151,59 +164,73 @@ def apple_gpus() -> list[dict[str, Any]]:
     return [{"device": "mps", "name": "Apple GPU", "precisions": ["float32", "bfloat16", "float16"]}]
 
 
-def presets() -> dict[str, dict[str, Any]]:
-    """Fields of each preset, with the number of parameters they make."""
-    return {name: {"num_parameters": num_parameters(fields), **fields} for name, fields in PRESETS.items()}
+def models() -> dict[str, dict[str, Any]]:
+    """Preset -> its size."""
+    return {name: size_of(cost) for name, cost in preset_costs().items()}
 
 
-def num_parameters(fields: dict[str, Any]) -> int:
-    """Parameters of a ViT with 16-pixel patches of RGB images, by arithmetic; defaults where `fields` are silent."""
-    D, F = fields["hidden_size"], fields["intermediate_size"]
-    attention = 4 * D * D + D * (1 + fields.get("query_bias", True) + fields.get("value_bias", True))  # keys: no bias
-    ffn = 3 * D * F + 2 * F + D if fields.get("use_gated_mlp", False) else 2 * D * F + F + D
-    block = attention + ffn + 2 * 2 * D + 2 * D  # two norms, two LayerScales
-    patch_embedding = 3 * 16 * 16 * D + D
-    tokens = (1 + 1 + fields["num_register_tokens"]) * D  # CLS, mask, registers
-    local_norm = 2 * D if fields.get("untie_global_and_local_cls_norm", False) else 0
-    return patch_embedding + tokens + fields["num_hidden_layers"] * block + 2 * D + local_norm
+def size_of(cost: ModelCost) -> dict[str, Any]:
+    return {
+        "model_type": cost.family,
+        "num_parameters": cost.num_parameters,
+        "flop": dict(cost.flop),
+        "weights_bytes": {dtype: cost.memory(dtype) for dtype in BYTES_OF_A_PARAMETER},
+    }
 
 
 def show(facts: dict[str, Any]) -> None:
     console = Console()
+    for name, values in facts.items():
+        console.print(TABLES[name](values))
 
+
+def versions_table(versions: dict[str, str | None]) -> Table:
     table = _table("Versions")
-    for package, found in facts["versions"].items():
+    for package, found in versions.items():
         missing = f"[dim]not installed; pip install 'dinov3-hf\\[{PACKAGES.get(package)}]'[/dim]"
         table.add_row(package, found or missing)
-    console.print(table)
+    return table
 
+
+def devices_table(devices: list[dict[str, Any]]) -> Table:
     table = _table("Devices", "", "", "precisions")
-    for device in facts["devices"]:
+    for device in devices:
         details = [device["name"]]
         details += [f"{device['cores']} cores"] if "cores" in device else []
         details += [f"{device['memory_gib']} GiB"] if "memory_gib" in device else []
         details += device.get("instructions", [])
         details += [] if device.get("usable_by_torch", True) else ["[red]the installed torch has no CUDA[/red]"]
         table.add_row(device["device"], ", ".join(details), ", ".join(device["precisions"]))
-    console.print(table)
+    return table
 
+
+def registered_table(registered: dict[str, dict[str, str]]) -> Table:
     table = _table("Registered classes")
-    for auto_class, entries in facts["registered"].items():
+    for auto_class, entries in registered.items():
         for model_type, name in entries.items():
             table.add_row(auto_class, f"{name} [dim]({model_type})[/dim]")
-    console.print(table)
+    return table
 
-    table = _table("Presets", "", "parameters", "width", "blocks", "heads", "FFN", right=(1, 2, 3, 4))
-    for name, fields in facts["presets"].items():
-        ffn = f"{fields['intermediate_size']}{' gated' if fields.get('use_gated_mlp') else ''}"
-        counts = (str(fields[field]) for field in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-        table.add_row(name, f"{fields['num_parameters'] / 1e6:,.1f} M", *counts, ffn)
-    console.print(table)
 
+def models_table(models: dict[str, dict[str, Any]]) -> Table:
+    gflop = [f"GFLOP at {side}" for side in IMAGE_SIZES]
+    memory = [f"GB in {dtype}" for dtype in BYTES_OF_A_PARAMETER]
+    table = _table("Models", "", "parameters", *gflop, *memory, right=(1, 2, 3, 4, 5))
+    for name, size in models.items():
+        table.add_row(
+            name,
+            f"{size['num_parameters'] / 1e6:,.1f} M",
+            *(f"{count / 1e9:,.1f}" for count in size["flop"].values()),
+            *(f"{count / 1e9:.2f}" for count in size["weights_bytes"].values()),
+        )
+    return table
+
+
+def recipes_table(recipes: dict[str, str]) -> Table:
     table = _table("Recipes")
-    for name, summary in facts["recipes"].items():
+    for name, summary in recipes.items():
         table.add_row(name, summary)
-    console.print(table)
+    return table
 
 
 def _table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:
@@ -212,3 +239,12 @@ def _table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:
     for position, column in enumerate(columns or ("", "")):
         table.add_column(column, justify="right" if position in right else "left", no_wrap=position == 0)
     return table
+
+
+TABLES: dict[str, Callable[[Any], Table]] = {
+    "versions": versions_table,
+    "devices": devices_table,
+    "registered": registered_table,
+    "models": models_table,
+    "recipes": recipes_table,
+}

@@ -11,7 +11,7 @@ from dinov3_hf.cli import errors
 
 # Each module has `register(app)`, which adds its command, or its group of commands, to the program.
 COMMANDS = {
-    "info": ("dinov3_hf.cli.info", "Versions, devices and their precisions, registered classes, presets and recipes."),
+    "info": ("dinov3_hf.cli.info", "Versions, devices and their precisions, registered classes, models and recipes."),
     "evaluate": ("dinov3_hf.cli.evaluate", "Measure the frozen features of a model."),
     "visualize": ("dinov3_hf.cli.visualize", "Make a picture of what the features of a model tell apart."),
 }

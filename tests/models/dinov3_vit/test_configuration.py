@@ -18,6 +18,8 @@ RELEASED = {
     "vitl16plus": (24, 1024, 16, 4096, True, 404),
     "vith16plus": (32, 1280, 20, 5120, True, 841),
     "vit7b16": (40, 4096, 32, 8192, True, 6716),
+    "vitl16_sat493m": (24, 1024, 16, 4096, False, 303),
+    "vit7b16_sat493m": (40, 4096, 32, 8192, True, 6716),
 }
 
 
@@ -30,7 +32,8 @@ def test_presets(name):
     assert config.hidden_act == ("silu" if gated else "gelu")
     assert (config.patch_size, config.num_register_tokens, config.layer_norm_eps) == (16, 4, 1e-5)
     assert (config.layerscale_value, config.pos_embed_rescale, config.key_bias) == (1e-5, 2.0, False)
-    assert config.query_bias == config.value_bias == (name != "vit7b16")
+    assert config.query_bias == config.value_bias == ("7b" not in name)
+    assert config.untie_global_and_local_cls_norm == ("7b" in name or "sat493m" in name)
     assert config.is_stock_representable
     with torch.device("meta"):
         model = DINOv3ViTModel(config)

@@ -26,18 +26,24 @@ def _size(
     }
 
 
+_VIT_L = _size(1024, 24, 16, 4096)
+_VIT_7B: dict[str, Any] = {
+    **_size(4096, 40, 32, 8192),
+    **_SWIGLU,
+    "query_bias": False,
+    "value_bias": False,
+    "untie_global_and_local_cls_norm": True,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "vits16": _size(384, 12, 6, 1536),
     "vits16plus": {**_size(384, 12, 6, 1536), **_SWIGLU},
     "vitb16": _size(768, 12, 12, 3072),
-    "vitl16": _size(1024, 24, 16, 4096),
-    "vitl16plus": {**_size(1024, 24, 16, 4096), **_SWIGLU},
+    "vitl16": _VIT_L,
+    "vitl16plus": {**_VIT_L, **_SWIGLU},
     "vith16plus": {**_size(1280, 32, 20, 5120), **_SWIGLU},
-    "vit7b16": {
-        **_size(4096, 40, 32, 8192),
-        **_SWIGLU,
-        "query_bias": False,
-        "value_bias": False,
-        "untie_global_and_local_cls_norm": True,
-    },
+    "vit7b16": _VIT_7B,
+    # Trained on satellite images, whose statistics are `IMAGE_STATISTICS["satellite"]`.
+    "vitl16_sat493m": {**_VIT_L, "untie_global_and_local_cls_norm": True},
+    "vit7b16_sat493m": _VIT_7B,
 }

@@ -1,0 +1,1 @@
+"""Arithmetic of memory, time and cost, without torch."""
