@@ -12,6 +12,15 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 import dinov3_hf.auto  # noqa: F401  (registers when it is imported)
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextNativeConfig,
+)
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import (
+    DINOv3ConvNextBackbone,
+    DINOv3ConvNextModel,
+    DINOv3ConvNextNativeModel,
+)
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
@@ -23,16 +32,13 @@ from tests.models.dinov3_vit.tiny import NATIVE_VARIANTS, TINY, images, randomiz
 from tests.models.other_process import VERSIONS, run_without_us
 
 HEAD = {"num_prototypes": 24, "bottleneck_dim": 8, "hidden_dim": 16}
+CONVNEXT = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1], "image_size": 64}
+CONVNEXT_VARIANTS = {"convnext_patch_grid": {"patch_size": 16}, "convnext_plain": {"layer_scale_init_value": None}}
 PRETRAINING = {"pretraining": {}, "pretraining_of_native": {"norm_type": "rmsnorm"}}
-CODE_OF_VIT = {
-    "auto_classes.py",
-    "configuration_dinov3_vit.py",
-    "dinov3_vit_layers.py",
-    "dinov3_vit_presets.py",
-    "dinov3_vit_rope.py",
-    "modeling_dinov3_vit.py",
-    "models_remote_code.py",
-}
+NAMES = [*NATIVE_VARIANTS, *CONVNEXT_VARIANTS, *PRETRAINING]
+MODELING = [
+    f"dinov3_hf.models.{family}.modeling_{family}" for family in ("dinov3_vit", "dinov3_convnext", "dinov3_pretraining")
+]
 
 
 def pretraining_model(**fields) -> DINOv3ForPreTraining:
@@ -51,11 +57,16 @@ def models(tmp_path_factory):
     """Models of our own types, by the name of their folder."""
     folder = tmp_path_factory.mktemp("own")
     by_name = {name: tiny_model(**fields) for name, fields in NATIVE_VARIANTS.items()}
+    by_name |= {
+        name: randomize(DINOv3ConvNextModel(DINOv3ConvNextConfig(**CONVNEXT, **fields))).eval()
+        for name, fields in CONVNEXT_VARIANTS.items()
+    }
     by_name |= {name: pretraining_model(**fields) for name, fields in PRETRAINING.items()}
     for name, model in by_name.items():
         model.save_pretrained(folder / "models" / name)
     build_image_processor("satellite", 16).save_pretrained(folder / "models" / "rmsnorm")
-    inputs = {"pixels": images(), "crops": {**make_batch(), "teacher_temperature": 0.05}}
+    pixels = {name: images(2, 64, 48) if name in CONVNEXT_VARIANTS else images() for name in by_name}
+    inputs = {"pixels": pixels, "crops": {**make_batch(), "teacher_temperature": 0.05}}
     return SimpleNamespace(folder=folder, by_name=by_name, inputs=inputs)
 
 
@@ -71,9 +82,6 @@ def elsewhere(request, models, tmp_path_factory):
     return SimpleNamespace(folder=folder, outputs=torch.load(folder / "outputs.pt"))
 
 
-NAMES = [*NATIVE_VARIANTS, *PRETRAINING]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_folders_open_without_this_package(models, elsewhere, name):
     found, model = elsewhere.outputs[name], models.by_name[name]
@@ -83,9 +91,10 @@ def test_folders_open_without_this_package(models, elsewhere, name):
         if name in PRETRAINING:
             assert torch.equal(found["loss"], model(**models.inputs["crops"]).loss)
         else:
-            pixels = models.inputs["pixels"]
+            pixels = models.inputs["pixels"][name]
             assert torch.equal(found["last_hidden_state"], model(pixels).last_hidden_state)
-            backbone = DINOv3ViTBackbone.from_pretrained(models.folder / "models" / name, out_indices=[1, 2])
+            backbone_class = DINOv3ConvNextBackbone if name in CONVNEXT_VARIANTS else DINOv3ViTBackbone
+            backbone = backbone_class.from_pretrained(models.folder / "models" / name, out_indices=[1, 2])
             for theirs, ours in zip(found["feature_maps"], backbone(pixels).feature_maps, strict=True):
                 assert torch.equal(theirs, ours)
 
@@ -121,35 +130,42 @@ def test_the_pipeline_runs_our_code(models, elsewhere):
 
 
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}, {"trust_remote_code": False}])
-def test_here_our_classes_are_used(models, trust):
-    source = models.folder / "models" / "rmsnorm"
-    assert type(AutoModel.from_pretrained(source, **trust)) is DINOv3ViTNativeModel
-    assert type(AutoConfig.from_pretrained(source, **trust)) is DINOv3ViTNativeConfig
-    assert type(AutoModel.from_config(AutoConfig.from_pretrained(source), **trust)) is DINOv3ViTNativeModel
+@pytest.mark.parametrize(
+    ("name", "config_class", "model_class"),
+    [
+        ("rmsnorm", DINOv3ViTNativeConfig, DINOv3ViTNativeModel),
+        ("convnext_plain", DINOv3ConvNextNativeConfig, DINOv3ConvNextNativeModel),
+    ],
+)
+def test_here_our_classes_are_used(models, trust, name, config_class, model_class):
+    source = models.folder / "models" / name
+    assert type(AutoModel.from_pretrained(source, **trust)) is model_class
+    assert type(AutoConfig.from_pretrained(source, **trust)) is config_class
+    assert type(AutoModel.from_config(AutoConfig.from_pretrained(source), **trust)) is model_class
     assert not any(name.startswith("transformers_modules") for name in sys.modules)
 
 
-def test_the_folder_has_what_its_class_needs(models):
-    vit, pretraining = (models.folder / "models" / name for name in ("rmsnorm", "pretraining"))
-    assert code_in(vit) == CODE_OF_VIT
-    assert code_in(pretraining) > CODE_OF_VIT
-    for folder in (vit, pretraining):
-        assert not list(folder.glob(".*"))  # no part of a file that was being written
-        for name in code_in(folder):
-            source = (folder / name).read_text()
-            assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n")
-            assert not re.search(r"^\s*(from|import) dinov3_hf", source, flags=re.MULTILINE)
-            imported = re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE)
-            assert {f"{module}.py" for module in imported} <= code_in(folder)
+@pytest.mark.parametrize("name", ["rmsnorm", "convnext_plain", "pretraining"])
+def test_the_folder_has_what_its_class_needs_and_no_more(models, name):
+    folder = models.folder / "models" / name
+    imported = {}
+    for file in code_in(folder):
+        source = (folder / file).read_text()
+        assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+        assert not re.search(r"^\s*(from|import) dinov3_hf", source, flags=re.MULTILINE)
+        found = re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE)
+        imported[file] = {f"{module}.py" for module in found}
+    assert imported["auto_classes.py"] == code_in(folder) - {"auto_classes.py"}
+    [entry] = [file for file in imported if not any(file in imported[other] for other in imported.keys() - {ENTRY})]
+    assert entry == ENTRY or entry.startswith("modeling_")
+    assert not list(folder.glob(".*"))  # no part of a file that was being written
 
 
-def test_no_two_modules_share_a_file():
-    modules = [f"dinov3_hf.models.{family}.modeling_{family}" for family in ("dinov3_vit", "dinov3_pretraining")]
-    for module in modules:
-        sources = flat_sources(module)
-        assert module.rpartition(".")[2] in sources
-        docstrings = [source.split('"""')[1] for source in sources.values()]
-        assert len(set(docstrings)) == len(sources)
+@pytest.mark.parametrize("module", MODELING)
+def test_no_two_modules_share_a_file(module):
+    sources = flat_sources(module)
+    assert module.rpartition(".")[2] in sources
+    assert len({source.split('"""')[1] for source in sources.values()}) == len(sources)  # docstrings
 
 
 def test_what_transformers_can_represent_gets_no_code(tmp_path):
@@ -214,7 +230,7 @@ def test_a_trained_native_teacher_carries_its_code(tmp_path):
 
     model = pretraining_model(norm_type="rmsnorm")
     args = SSLConfig(output_dir=str(tmp_path), use_cpu=True)
-    save_teacher_folder(model.teacher, args, tmp_path / "teacher", {})
+    save_teacher_folder(model.teacher, args, tmp_path / "teacher")
     assert code_in(tmp_path / "teacher") == CODE_OF_VIT
     opened = DINOv3ViTModel.from_pretrained(tmp_path / "teacher").eval()
     with torch.no_grad():

@@ -12,13 +12,13 @@ from torch.utils import deterministic
 from transformers import AutoConfig, AutoModel
 
 import dinov3_hf.auto  # noqa: F401  (registers when it is imported)
+from dinov3_hf.models.backbone_parts import convert_patch_embedding_channels
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import (
     EXTRAS_NAME,
     DINOv3ViTBackbone,
     DINOv3ViTModel,
     DINOv3ViTNativeModel,
-    convert_patch_embedding_channels,
 )
 from tests.models.dinov3_vit.tiny import ALL_VARIANTS, NATIVE_VARIANTS, images, tiny_config, tiny_model
 

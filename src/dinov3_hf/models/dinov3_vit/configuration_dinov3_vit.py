@@ -1,6 +1,5 @@
 """Configuration of the DINOv3 vision transformer."""
 
-import difflib
 import os
 from typing import Any
 
@@ -8,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from dinov3_hf.models.dinov3_vit.presets import PRESETS
+from dinov3_hf.models.field_checks import check_drop_path_rate, check_integer, preset_fields
 from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
 
 STOCK_MODEL_TYPE = "dinov3_vit"
@@ -92,6 +92,9 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
             As a backbone: feature maps are (B, D, h, w), else (B, P, D).
         return_class_token (`bool`, *optional*, defaults to `False`):
             As a backbone: also return the CLS token of each feature map.
+        class_token_in_feature_maps (`bool`, *optional*, defaults to `False`):
+            As a backbone without `reshape_hidden_states`: CLS stands before the patches, (B, 1 + P, D), as
+            `DPTForDepthEstimation` of transformers wants its feature maps.
         norm_type (`str`, *optional*, defaults to `"layernorm"`):
             `"layernorm"` or `"rmsnorm"`.
         untie_cls_and_patch_norms (`bool`, *optional*, defaults to `False`):
@@ -146,6 +149,7 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     return_class_token: bool = False
+    class_token_in_feature_maps: bool = False
     norm_type: str = "layernorm"
     untie_cls_and_patch_norms: bool = False
     untie_global_and_local_cls_norm: bool = False
@@ -178,16 +182,12 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
         Raises:
             ValueError: There is no such preset.
         """
-        if name not in PRESETS:
-            close = difflib.get_close_matches(name, PRESETS, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(PRESETS)}."
-            raise ValueError(f"there is no preset {name!r}; {remedy}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**preset_fields(name, PRESETS), **overrides})
 
     @property
     def is_stock_representable(self) -> bool:
         """
-        Whether the class of transformers computes the same function in eval mode from the same file.
+        Whether the classes of transformers compute the same function in eval mode from the same file.
 
         What acts in training only (RoPE augmentation, stochastic depth, the local CLS norm) does not count.
         """
@@ -198,12 +198,8 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
             and self.rope_theta is not None
             and self.rope_normalize_coords == "separate"
             and self.rope_dtype == "float32"
+            and not self.class_token_in_feature_maps
         )
-
-    @property
-    def needs_remote_code(self) -> bool:
-        """Whether the folder needs our code to open in transformers."""
-        return not self.is_stock_representable
 
     @property
     def head_dim(self) -> int:
@@ -230,8 +226,8 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
             if isinstance(self.__dict__[name], int):
                 self.__dict__[name] = float(self.__dict__[name])
         for name in _POSITIVE_FIELDS:
-            _check_integer(name, self.__dict__[name], minimum=1)
-        _check_integer("num_register_tokens", self.num_register_tokens, minimum=0)
+            check_integer(name, self.__dict__[name], minimum=1)
+        check_integer("num_register_tokens", self.num_register_tokens, minimum=0)
 
         heads = self.num_attention_heads
         if self.hidden_size % (4 * heads) != 0:
@@ -240,8 +236,7 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
                 f"hidden_size {self.hidden_size} cannot be split into {heads} heads whose width is a multiple of 4, "
                 f"as RoPE needs; use hidden_size {nearest} or another num_attention_heads."
             )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate {self.drop_path_rate} is not in [0, 1); use 0 for no stochastic depth.")
+        check_drop_path_rate(self.drop_path_rate)
 
         periods = (self.rope_min_period, self.rope_max_period)
         if self.rope_theta is None and None in periods:
@@ -251,6 +246,11 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
         if self.rope_theta is not None and periods != (None, None):
             raise ValueError(
                 "the RoPE periods are defined twice; with rope_min_period and rope_max_period set rope_theta=None."
+            )
+
+        if self.class_token_in_feature_maps and self.reshape_hidden_states:
+            raise ValueError(
+                "class_token_in_feature_maps has no place for CLS in maps (B, D, h, w); set reshape_hidden_states=False."
             )
 
         for name, allowed in (
@@ -299,8 +299,3 @@ class DINOv3ViTNativeConfig(DINOv3ViTConfig):
     """The same configuration under the model type of networks that transformers cannot represent."""
 
     model_type = NATIVE_MODEL_TYPE
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} {value!r} is not an integer of at least {minimum}.")

@@ -22,6 +22,7 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.utils import cached_file, logging
 
+from dinov3_hf.models.backbone_parts import convert_patch_embedding_channels, layers_asked_for
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import (
     STOCK_MODEL_TYPE,
     DINOv3ViTConfig,
@@ -165,24 +166,6 @@ class DINOv3ViTPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
             )
             return
         self.load_state_dict(load_file(path), strict=False)
-
-
-def convert_patch_embedding_channels(weight: Tensor, num_channels: int) -> Tensor:
-    """
-    Patch embedding for another number of channels: every new channel gets the mean over the old ones, scaled so that
-    the sum over channels is kept. An image of equal channels therefore has the same embedding before and after.
-
-    Args:
-        weight: (D, C, p, p).
-        num_channels: C'.
-
-    Returns:
-        (D, C', p, p) in the dtype of `weight`.
-    """
-    if num_channels < 1:
-        raise ValueError(f"num_channels {num_channels} is not a number of image channels; give at least 1.")
-    total = weight.sum(dim=1, keepdim=True, dtype=torch.float32)  # (D, 1, p, p)
-    return (total / num_channels).to(weight.dtype).repeat(1, num_channels, 1, 1)
 
 
 class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
@@ -437,14 +420,7 @@ class DINOv3ViTModel(DINOv3ViTEncoder):
         Returns:
             One entry a block: the patches, or a tuple (patches, class token, extra tokens) of what was asked for.
         """
-        num_blocks = self.config.num_hidden_layers
-        blocks = list(range(num_blocks))[-n:] if isinstance(n, int) else sorted(set(n))
-        if (
-            not blocks
-            or not 0 <= blocks[0] <= blocks[-1] < num_blocks
-            or (isinstance(n, int) and not 0 < n <= num_blocks)
-        ):
-            raise ValueError(f"n={n} does not name blocks of this model; it has {num_blocks}, counted from 0.")
+        blocks = layers_asked_for(n, self.config.num_hidden_layers, "blocks")
         encoded = self.encode([pixel_values], [None], blocks, num_blocks=blocks[-1] + 1)
         features: list[Tensor | tuple[Tensor, ...]] = []
         for block in blocks:
@@ -499,8 +475,8 @@ class DINOv3ViTBackbone(BackboneMixin, DINOv3ViTEncoder):
 
         Returns:
             [`DINOv3ViTBackboneOutput`]: `feature_maps`, each (B, D, h, w), or (B, P, D) without
-            `config.reshape_hidden_states`. The last block's always has the final norm, the others with
-            `config.apply_layernorm`.
+            `config.reshape_hidden_states`, then (B, 1 + P, D) with `config.class_token_in_feature_maps`. The last
+            block's always has the final norm, the others with `config.apply_layernorm`.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -521,6 +497,8 @@ class DINOv3ViTBackbone(BackboneMixin, DINOv3ViTEncoder):
                 patches = (
                     patches.transpose(1, 2).unflatten(2, self.patch_grid(pixel_values)).contiguous()
                 )  # (B, D, h, w)
+            elif config.class_token_in_feature_maps:
+                patches = torch.cat((tokens[:, :1], patches), dim=1)  # (B, 1 + P, D)
             feature_maps.append(patches)
             cls_tokens.append(tokens[:, 0])  # (B, D)
         hidden_states = [unpack(encoded.collected[index], encoded.groups)[0] for index in sorted(encoded.collected)]
