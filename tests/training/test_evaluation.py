@@ -45,10 +45,7 @@ def test_a_run_without_labels_watches_its_dense_features(tmp_path):
         assert numbers["eval_num_blocks"] == 2
     assert found[0] != found[6]
     trainer.save_teacher(tmp_path / "teacher")
-    card = (tmp_path / "teacher" / "README.md").read_text()
-    assert f"\n# {tmp_path.name}\n" in card  # the run's name
-    assert "A ViT with 2 blocks of width 32 and patches of 4 px (0.0 M parameters), pre-trained" in card
-    assert f"{found[6]['eval_patch_cls_cosine']:.3f}" in card
+    assert f"{found[6]['eval_patch_cls_cosine']:.3f}" in (tmp_path / "teacher" / "README.md").read_text()
 
 
 def test_with_labels_kNN_comes_first(tmp_path):

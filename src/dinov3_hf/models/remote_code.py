@@ -12,7 +12,7 @@ import os
 from importlib import import_module
 from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 _PACKAGE = "dinov3_hf"
 _HEADER = """\
@@ -36,20 +36,22 @@ class RemoteCodeMixin:
 class RemoteCodeConfigMixin(RemoteCodeMixin):
     """For configurations of model types of our own. Comes before `PreTrainedConfig` in the bases."""
 
-    remote_code_module: str  # the modeling module, which stands beside the module of the configuration
-    remote_code_classes: dict[str, str]  # Auto class -> class in that module; the configuration class is "AutoConfig"
+    remote_code_module: ClassVar[str]  # the modeling module, which stands beside the module of the configuration
+    remote_code_classes: ClassVar[
+        dict[str, str]
+    ]  # Auto class -> class in that module; the configuration class is "AutoConfig"
 
     @property
-    def needs_remote_code(self) -> bool:
-        """Whether transformers alone cannot open what this configuration describes."""
-        return True
+    def is_stock_representable(self) -> bool:
+        """Whether transformers alone can open what this configuration describes; its folder then gets no code."""
+        return False
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Save as [`PreTrainedConfig.save_pretrained`] does, after the code where transformers needs it."""
         self.__dict__.pop("auto_map", None)
-        if self.needs_remote_code:
+        if not self.is_stock_representable:
             package = type(self).__module__.rpartition(".")[0]
             sources = flat_sources(f"{package}.{self.remote_code_module}")
             imports = [f"from .{name} import *  # noqa: F403" for name in sorted(sources)]

@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.hub.model_card import license_fields
 from dinov3_hf.training.batch_arithmetic import micro_batch_size
 from dinov3_hf.training.precision import Precision, resolve_precision
 from dinov3_hf.training.schedules import LRScaling, Schedule, lr_scale_factor
@@ -189,6 +190,13 @@ class RecipeConfig(TrainingArguments):
         default_factory=default_report_to, metadata=orchestration("Where to log: tensorboard, wandb, ..., all, none.")
     )
 
+    license: str | None = field(
+        default=None,
+        metadata=orchestration(
+            "Licence that the model card states: an identifier of the Hub such as apache-2.0; null states none."
+        ),
+    )
+
     # --- efficiency ---
     precision: Precision = field(
         default="auto",
@@ -250,6 +258,7 @@ class RecipeConfig(TrainingArguments):
             raise ValueError(f"output_dir {self.output_dir} is a file; name a folder, which need not exist.")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} is negative; use 0 for none.")
+        license_fields(self.license)  # refuses one that the Hub does not know
         self._parse_schedules()
         self._choose_arithmetic()
         super().__post_init__()  # type: ignore[no-untyped-call]

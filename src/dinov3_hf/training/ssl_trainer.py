@@ -37,6 +37,7 @@ from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.data.sources.base import Images, as_source
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
+from dinov3_hf.hub.model_card import keep_edited_card
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
 from dinov3_hf.training.callbacks import (
     CollapseWarningCallback,
@@ -52,12 +53,13 @@ from dinov3_hf.training.checkpoints import (
     saving_checkpoint,
 )
 from dinov3_hf.training.clipping import clip_gradients
-from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask, described
+from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.resume import RECIPE, IntervalsOfThisRun, find_checkpoint, save_fingerprint
+from dinov3_hf.training.run_card import write_run_card
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_folder import save_teacher_folder
 from dinov3_hf.training.unreadable_images import UnreadableImages
@@ -386,27 +388,19 @@ class SSLTrainer(Trainer):
 
     def save_teacher(self, folder: Path) -> None:
         """
-        Write the teacher backbone as a model folder that plain `transformers` opens, with its heads beside it.
+        Write the teacher backbone as a model folder that plain `transformers` opens, with its heads beside it. A model
+        card in it that somebody has edited stays.
 
         Raises:
             OSError: it could not be written; the folder is as it was.
         """
         with replacing_folder(folder) as staged:
+            keep_edited_card(folder, staged)
             self._write_teacher(staged)
 
     def _write_teacher(self, folder: Path) -> None:
-        save_teacher_folder(self.model.teacher, self.args, folder, facts=self._facts())
-
-    def _facts(self) -> dict[str, object]:
-        args = self.args
-        facts: dict[str, object] = {
-            "images seen": f"{self.state.global_step * args.global_batch_size:,}",
-            "optimizer steps": f"{self.state.global_step:,}",
-            "global batch": args.global_batch_size,
-            "crops": f"2 x {args.global_crop_size} px, {args.num_local_crops} x {args.local_crop_size} px",
-        }
-        evaluations = [shown for shown in map(described, self.state.log_history) if shown]
-        return facts | evaluations[-1] if evaluations else facts
+        save_teacher_folder(self.model.teacher, self.args, folder)
+        write_run_card(folder, self.args, self.state.global_step, self.state.log_history)
 
 
 def _has_fused_adamw(device: torch.device) -> bool:

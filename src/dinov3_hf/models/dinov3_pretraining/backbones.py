@@ -5,7 +5,7 @@ A backbone takes a list of crop groups (`pixel_values`, `bool_masked_pos`) and r
 """
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar, get_origin
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -44,4 +44,8 @@ def own_annotations(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     annotations: dict[str, Any] = {}
     for cls in reversed(own_classes):
         annotations |= inspect.get_annotations(cls)
-    return {name: hint for name, hint in annotations.items() if not name.startswith("_")}
+    return {
+        name: hint
+        for name, hint in annotations.items()
+        if not name.startswith("_") and get_origin(hint) is not ClassVar
+    }

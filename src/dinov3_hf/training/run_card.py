@@ -1,0 +1,112 @@
+"""What a run says of itself in the model card of its teacher."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from dinov3_hf.data.sources.arrow import HUB_ID
+from dinov3_hf.hub.model_card import table, write_model_card
+from dinov3_hf.training.evaluation import described
+from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.yaml_text import dump_yaml
+
+PROVENANCE = "Trained without labels, by the objective of DINOv3, with `dinov3_hf`."
+# Metric of a run -> what the Hub calls it, as a share of 1.
+_ACCURACIES = {"eval_knn_top1": "kNN top-1 accuracy", "eval_knn_top5": "kNN top-5 accuracy"}
+
+LogHistory = Sequence[Mapping[str, float]]
+
+
+def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHistory) -> None:
+    """
+    Write the model card of a run's teacher.
+
+    Args:
+        folder: the teacher's, otherwise complete.
+        args: the recipe.
+        step: optimizer steps taken.
+        log_history: of the run; the card shows the newest losses and the newest evaluation in it.
+    """
+    write_model_card(
+        folder,
+        title=args.run_name or Path(args.output_dir or folder).name,
+        license=args.license,
+        provenance=PROVENANCE,
+        sections=card_sections(args, step, log_history),
+        results=card_results(args, log_history),
+        datasets=card_datasets(args),
+    )
+
+
+def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[str, str]:
+    """The sections "Training" and "Evaluation" of the card, heading -> Markdown; arguments as in `write_run_card`."""
+    facts: dict[str, object] = {
+        "images": data_name(args.train_data),
+        "images seen": f"{step * args.global_batch_size:,}",
+        "optimizer steps": f"{step:,}",
+        "global batch": args.global_batch_size,
+        "crops": f"2 x {args.global_crop_size} px, {args.num_local_crops} x {args.local_crop_size} px",
+    }
+    losses = _newest(log_history, "loss")
+    facts |= {_spelled(name): f"{losses[name]:.4f}" for name in sorted(losses) if name.partition("/")[0] == "loss"}
+    recipe = dump_yaml({**args.result_fields(args.recipe()), "train_data": data_name(args.train_data)})
+    details = f"<details><summary>Recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>"
+    sections = {"Training": f"{table(facts)}\n\n{details}"}
+    evaluations = [shown for shown in map(described, log_history) if shown]
+    if evaluations:
+        images = {"images": data_name(args.eval_data)} if args.eval_data is not None else {}
+        sections["Evaluation"] = table({**images, **evaluations[-1]})
+    return sections
+
+
+def card_results(args: SSLConfig, log_history: LogHistory) -> list[EvalResult]:
+    """The accuracies of the newest evaluation, for the front matter; none where nobody said on which images."""
+    if args.eval_data is None:
+        return []
+    newest = _newest(log_history, "eval_knn_top1")
+    name = data_name(args.eval_data)
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="accuracy",
+            metric_name=label,
+            metric_value=round(newest[metric] / 100, 4),
+        )
+        for metric, label in _ACCURACIES.items()
+        if metric in newest
+    ]
+
+
+def card_datasets(args: SSLConfig) -> list[str]:
+    """Data sets of the Hub that the run learns from."""
+    name = data_name(args.train_data)
+    return [name] if "/" in name else []
+
+
+def data_name(data: str | None) -> str:
+    """
+    What to call images in public: a data set of the Hub by its id, a local one without the folders that it lies in.
+
+    Args:
+        data: as `train_data` names it.
+    """
+    if data is None:
+        return "not named"
+    path = Path(data.removeprefix("stream:")).expanduser()
+    hub_id = HUB_ID.fullmatch(str(path))
+    if hub_id and not path.exists() and not path.parent.is_dir():
+        return hub_id["repository"]
+    return path.name
+
+
+def _newest(log_history: LogHistory, name: str) -> Mapping[str, Any]:
+    return next((entry for entry in reversed(log_history) if name in entry), {})
+
+
+def _spelled(name: str) -> str:
+    term = name.partition("/")[2]
+    return f"last loss, {term}" if term else "last loss"

@@ -1,0 +1,183 @@
+"""Model cards: what they say, that what they show runs, and that an edited one stays."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+
+from dinov3_hf.hub.card_validation import check_model_card
+from dinov3_hf.hub.model_card import (
+    DINOV3_LICENSE,
+    is_generated,
+    keep_edited_card,
+    table,
+    with_license,
+    write_model_card,
+)
+from tests.testing_utils import run_python, save_tiny_vit
+
+RESULT = EvalResult(
+    task_type="image-classification",
+    dataset_type="digits",
+    dataset_name="digits",
+    metric_type="accuracy",
+    metric_value=0.93,
+)
+
+
+def save_convnext_config(folder):
+    """What a ConvNeXt folder says of itself, without weights."""
+    folder.mkdir()
+    config = {
+        "model_type": "dinov3_convnext",
+        "architectures": ["DINOv3ConvNextModel"],
+        "depths": [3, 3, 9, 3],
+        "hidden_sizes": [96, 192, 384, 768],
+        "num_channels": 3,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def card_of(folder, **said):
+    assert write_model_card(folder, **said)
+    text = (folder / "README.md").read_text()
+    check_model_card(text)
+    return text
+
+
+def test_everything_that_is_known_is_said(tmp_path):
+    model = save_tiny_vit(tmp_path / "m", untie_global_and_local_cls_norm=True)
+    text = card_of(
+        tmp_path / "m",
+        title="Tiny",
+        license="apache-2.0",
+        provenance="Converted from a.pth.",
+        sections={"Evaluation": table({"kNN": "93 %"})},
+        results=[RESULT],
+        datasets=["me/pets"],
+    )
+    card = ModelCard(text)
+    assert card.data.to_dict() | {"tags": 0} == {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": 0,
+        "datasets": ["me/pets"],
+        "model-index": [
+            {
+                "name": "Tiny",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": "digits", "type": "digits"},
+                        "metrics": [{"type": "accuracy", "value": 0.93}],
+                    }
+                ],
+            }
+        ],
+    }
+    num_parameters = (
+        sum(parameter.numel() for parameter in model.parameters()) - model.local_cls_norm.weight.numel() * 2
+    )
+    said = " ".join(text.split())
+    assert "# Tiny A ViT with 2 blocks of width 24 and patches of 8 px" in said
+    assert f"({num_parameters:,} parameters), the architecture of [DINOv3]" in said
+    assert "Converted from a.pth." in said
+    assert "| register tokens | 2 |" in text and "| weights | F32 |" in text and "`extras.safetensors`" in text
+    assert "| image size | 32 x 32 px; others work too |" in text
+    assert "\n## Evaluation\n\n| | |\n|---|---|\n| kNN | 93 % |\n" in text
+    for published in ("appendix B.4", "69.6, 85.7 and 90.9 %", "table 26", "@article{simeoni2025dinov3"):
+        assert published in text
+
+
+def test_what_is_not_known_is_left_out(tmp_path):
+    save_tiny_vit(tmp_path / "my-model")
+    text = card_of(tmp_path / "my-model")
+    assert set(ModelCard(text).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    assert "\n# my-model\n" in text
+    assert "heads.safetensors" not in text
+
+
+def test_derived_weights_keep_the_licence_of_the_released_ones(tmp_path):
+    save_tiny_vit(tmp_path / "m")
+    data = ModelCard(card_of(tmp_path / "m", license=DINOV3_LICENSE)).data
+    assert (data["license"], data["license_name"]) == ("other", "dinov3-license")
+    assert data["license_link"].startswith("https://ai.meta.com/")
+
+
+def test_unknown_licences_are_refused_before_anything_is_written(tmp_path):
+    save_tiny_vit(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"'apache2' is none that the Hub knows; did you mean apache-2.0\?"):
+        write_model_card(tmp_path / "m", license="apache2")
+    assert not (tmp_path / "m" / "README.md").exists()
+
+
+def test_a_convnext(tmp_path):
+    save_convnext_config(tmp_path / "m")
+    text = card_of(tmp_path / "m")
+    assert "A ConvNeXt with 4 stages" in text and "| blocks of each stage | 3, 3, 9, 3 |" in text
+    assert "import DINOv3ConvNextModel" in text
+
+
+def test_other_models_get_no_card(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="holds a 'bert' model, not a DINOv3 backbone"):
+        write_model_card(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        write_model_card(tmp_path)
+
+
+def test_a_card_is_ours_until_somebody_edits_it(tmp_path):
+    save_tiny_vit(tmp_path / "m")
+    path = tmp_path / "m" / "README.md"
+    text = card_of(tmp_path / "m", license="mit")
+    assert is_generated(text)
+    assert card_of(tmp_path / "m") != text  # written anew
+    edits = [
+        text + "\nMy note.\n",
+        "My note.\n" + text,
+        text.replace("mit", "apache-2.0"),
+        text.replace("frozen", "cold"),
+    ]
+    for edited in [*edits, "# By hand\n", ""]:
+        assert not is_generated(edited)
+        path.write_text(edited)
+        assert not write_model_card(tmp_path / "m")
+        assert path.read_text() == edited
+
+
+def test_an_edited_card_survives_its_folder(tmp_path):
+    for name in ("old", "new"):
+        save_tiny_vit(tmp_path / name)
+    keep_edited_card(tmp_path / "absent", tmp_path / "new")
+    card_of(tmp_path / "old")
+    keep_edited_card(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new" / "README.md").exists()
+    (tmp_path / "old" / "README.md").write_text("by hand")
+    keep_edited_card(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "new" / "README.md").read_text() == "by hand"
+
+
+def test_another_licence(tmp_path):
+    save_tiny_vit(tmp_path / "m")
+    without = card_of(tmp_path / "m", results=[RESULT])
+    mit = with_license(without, "mit")
+    assert is_generated(mit)
+    assert mit == card_of(tmp_path / "m", results=[RESULT], license="mit")
+    assert with_license(with_license(mit, DINOV3_LICENSE), "mit") == mit
+
+
+@pytest.mark.parametrize("fields", [{}, {"norm_type": "rmsnorm"}], ids=["stock", "native"])
+def test_what_a_card_shows_runs(tmp_path, fields):
+    save_tiny_vit(tmp_path / "m", **fields)
+    text = card_of(tmp_path / "m")
+    assert ("trust_remote_code=True" in text) == bool(fields)
+    without_us, with_us = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    lines = ["import os, sys", "from PIL import Image", "os.chdir(sys.argv[1])", "image = Image.new('RGB', (40, 30))"]
+    lines += ["sys.modules['dinov3_hf'] = None", without_us, "del sys.modules['dinov3_hf']", with_us]
+    program = "\n".join([*lines, "print(outputs.pooler_output.shape)", "print(type(model).__module__)"])
+    done = run_python("-c", program, tmp_path / "m", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["torch.Size([1, 24])", "dinov3_hf.models.dinov3_vit.modeling_dinov3_vit"]

@@ -1,0 +1,70 @@
+"""What a run writes into the model card of its teacher."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dinov3_hf.hub.card_validation import check_model_card
+from dinov3_hf.training.run_card import card_datasets, card_results, data_name
+from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.yaml_text import parse_yaml
+from tests.training.test_ssl_trainer import make_args, make_trainer
+
+
+def test_the_card_of_a_run(tmp_path):
+    trainer = make_trainer(tmp_path / "run", license="mit", max_steps=2)
+    trainer.train()
+    trainer.log({"eval_knn_top1": 93.21, "eval_knn_top5": 98.76, "eval_patch_cls_cosine": 0.1234})
+    trainer.save_teacher(tmp_path / "run" / "teacher")
+    text = (tmp_path / "run" / "teacher" / "README.md").read_text()
+    check_model_card(text)
+
+    assert "\n# run\n\nA ViT with 2 blocks of width 32 and patches of 4 px (" in text
+    assert "Trained without labels, by the objective of DINOv3, with `dinov3_hf`." in text
+    last = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    assert f"| last loss | {last['loss']:.4f} |" in text
+    assert f"| last loss, dino_local | {last['loss/dino_local']:.4f} |" in text
+    for row in ("images | digits", "images seen | 32", "optimizer steps | 2", "kNN top-1 | 93.2 %"):
+        assert f"| {row} |" in text, row
+    assert "`heads.safetensors`" in text
+
+    data = ModelCard(text).data
+    assert data["license"] == "mit"
+    measured = [(result.metric_type, result.metric_value, result.dataset_name) for result in data.eval_results]
+    assert measured == [("accuracy", 0.9321, "digits"), ("accuracy", 0.9876, "digits")]
+
+    # The recipe in the card computes the same.
+    recipe = parse_yaml(text.partition("```yaml\n")[2].partition("```")[0], "the card")
+    again = SSLConfig(**recipe, output_dir=str(tmp_path / "again"))
+    assert again.result_fields(again.recipe()) == trainer.args.result_fields(trainer.args.recipe())
+
+    # Somebody edits the card; the run saves its teacher once more.
+    (tmp_path / "run" / "teacher" / "README.md").write_text(text + "\nMine.\n")
+    trainer.save_teacher(tmp_path / "run" / "teacher")
+    assert (tmp_path / "run" / "teacher" / "README.md").read_text() == text + "\nMine.\n"
+
+
+def test_nothing_is_claimed_of_images_that_nobody_named(tmp_path):
+    args = make_args(tmp_path, eval_data=None)
+    assert card_results(args, [{"eval_knn_top1": 93.2}]) == []
+    assert card_datasets(args) == []
+    assert card_results(make_args(tmp_path), [{"loss": 1.0}]) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("digits", "digits"),
+        ("me/pets:plain:train", "me/pets"),
+        ("stream:me/pets", "me/pets"),
+        ("/home/me/customers/photos", "photos"),
+        ("shards/*.parquet", "*.parquet"),
+        ("stream:https://example.org/secret/a-{00..12}.tar", "a-{00..12}.tar"),
+        (None, "not named"),
+    ],
+)
+def test_images_are_called_without_the_folders_they_lie_in(data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    assert data_name(data) == name
