@@ -40,10 +40,11 @@ def outputs_of(source, saved, inputs):
     if pretraining:
         found["loss"] = model(**inputs["crops"]).loss
     else:
-        found["last_hidden_state"] = model(inputs["pixels"]).last_hidden_state
+        pixels = inputs["pixels"][source.name]
+        found["last_hidden_state"] = model(pixels).last_hidden_state
         backbone_class = type(AutoBackbone.from_config(model.config, trust_remote_code=True))
         backbone = backbone_class.from_pretrained(source, out_indices=[1, 2])
-        found["feature_maps"] = backbone(inputs["pixels"]).feature_maps
+        found["feature_maps"] = backbone(pixels).feature_maps
     model.save_pretrained(saved)
     again = auto_class.from_pretrained(saved, trust_remote_code=True)
     found["state_dict"] = again.state_dict()
@@ -58,11 +59,9 @@ def main(folder):
         config = AutoConfig.from_pretrained(source, trust_remote_code=True)
         config.save_pretrained(folder / "configs" / source.name)
     source = folder / "models" / "rmsnorm"
-    processor = AutoImageProcessor.from_pretrained(source)
-    extract = pipeline(
-        "image-feature-extraction", str(source), trust_remote_code=True, image_processor=processor, return_tensors=True
-    )
-    outputs["pipeline"] = extract(inputs["picture"])
+    assert AutoImageProcessor.from_pretrained(source).image_mean[0] == 0.43
+    extract = pipeline("image-feature-extraction", str(source), trust_remote_code=True)
+    outputs["pipeline"] = extract(inputs["picture"], return_tensors=True)
     torch.save(outputs, folder / "outputs.pt")
 
 

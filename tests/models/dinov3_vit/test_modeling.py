@@ -183,6 +183,10 @@ def test_backbone():
     flat = DINOv3ViTBackbone(tiny_config(reshape_hidden_states=False, out_features=["stage2"])).eval()
     assert flat(images()).feature_maps[0].shape == (2, 12, 32)
     assert flat.channels == [32]
+    flat.config.class_token_in_feature_maps = flat.config.return_class_token = True
+    with_cls = flat(images())
+    assert with_cls.feature_maps[0].shape == (2, 1 + 12, 32)
+    assert torch.equal(with_cls.feature_maps[0][:, 0], with_cls.cls_tokens[0])
 
 
 def test_tuples():

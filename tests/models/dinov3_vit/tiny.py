@@ -49,6 +49,7 @@ NATIVE_VARIANTS: dict[str, dict[str, Any]] = {
     "rope_max_coords": {"rope_normalize_coords": "max"},
     "rope_min_coords": {"rope_normalize_coords": "min"},
     "rope_bfloat16": {"rope_dtype": "bfloat16"},
+    "class_token_in_maps": {"reshape_hidden_states": False, "class_token_in_feature_maps": True},
     "rmsnorm_swiglu_no_layer_scale": {**SWIGLU, "norm_type": "rmsnorm", "layerscale_value": None},
 }
 ALL_VARIANTS = {**STOCK_VARIANTS, **NATIVE_VARIANTS}

@@ -8,6 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from dinov3_hf.models.dinov3_convnext.presets import PRESETS
 from dinov3_hf.models.field_checks import check_drop_path_rate, check_integer, preset_fields
+from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
 
 STOCK_MODEL_TYPE = "dinov3_convnext"
 NATIVE_MODEL_TYPE = "dinov3_convnext_native"
@@ -22,13 +23,13 @@ _FLOAT_FIELDS = ("initializer_range", "layer_norm_eps", "layer_scale_init_value"
 _STEM_STRIDE = 4
 
 
-class DINOv3ConvNextConfig(BackboneConfigMixin, PreTrainedConfig):
+class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`DINOv3ConvNextModel`] and [`DINOv3ConvNextBackbone`]. It has all fields of the configuration of
     the same name in transformers, with the same defaults, and the options of the original implementation.
 
     A network that transformers can represent is saved with `model_type` `dinov3_convnext` and opens there; any other
-    is saved as `dinov3_convnext_native` (see `is_stock_representable`).
+    is saved as `dinov3_convnext_native` (see `is_stock_representable`), with the code that opens it there.
 
     Args:
         num_channels (`int`, *optional*, defaults to 3):
@@ -56,6 +57,12 @@ class DINOv3ConvNextConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = STOCK_MODEL_TYPE
+    remote_code_module = "modeling_dinov3_convnext"
+    remote_code_classes = {
+        "AutoConfig": "DINOv3ConvNextNativeConfig",
+        "AutoModel": "DINOv3ConvNextNativeModel",
+        "AutoBackbone": "DINOv3ConvNextNativeBackbone",
+    }
 
     num_channels: int = 3
     hidden_sizes: list[int] | None = None
