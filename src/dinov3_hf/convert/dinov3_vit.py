@@ -3,7 +3,7 @@
 Functions of state dicts and settings; they neither read nor write files. Beside their names, native tensors differ by
 the fused `qkv` projection, by the shape of the mask token and by two buffers that follow from the configuration.
 
-Letters: D width, R register tokens.
+Letters: D width, d width of a head.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3_hf.convert.dinov3_vit_from_tensors import FLOAT32_ERROR, MAX_PERIOD_ERROR, read_config, recognises
+from dinov3_hf.convert.file_format import Converted, FileFormat, Tensors
 from dinov3_hf.convert.key_map import KeyMap
-from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
+from dinov3_hf.convert.lazy_tensor import LazyTensor, concatenate, read_all, same_bits
+from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import (
+    NATIVE_MODEL_TYPE,
+    STOCK_MODEL_TYPE,
+    DINOv3ViTConfig,
+)
+from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import EXTRAS_NAME, EXTRAS_PREFIX
+from dinov3_hf.models.dinov3_vit.presets import PRESETS
 from dinov3_hf.models.dinov3_vit.rope import RopeParameters, rope_periods
+
+# In the Hub's folder, the prefix of what only the way back needs.
+WAY_BACK = "native."
 
 # Native name, with qkv split into q, k and v -> Hub name.
 _COMMON_KEYS: list[tuple[str, str | None]] = [
@@ -86,6 +98,14 @@ _NATIVE_DEFAULTS: dict[str, Any] = {
 }
 _NATIVE_SIZES = ("embed_dim", "depth", "num_heads")
 
+# Fields that tell released architectures apart from each other and from all others.
+ARCHITECTURE_FIELDS = (
+    *("patch_size", "num_channels", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("use_gated_mlp", "hidden_act", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+    *("num_register_tokens", "norm_type", "untie_cls_and_patch_norms", "untie_global_and_local_cls_norm"),
+    *("rope_theta", "rope_normalize_coords"),
+)
+
 
 def config_from_native(constructor: Mapping[str, Any]) -> DINOv3ViTConfig:
     """
@@ -139,38 +159,50 @@ def config_from_native(constructor: Mapping[str, Any]) -> DINOv3ViTConfig:
     )
 
 
-def state_dict_from_native(native: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
+def to_hf(native: Tensors, config: DINOv3ViTConfig) -> Converted:
     """
-    Our state dict from a native one; dtypes stay as they are.
+    The Hub's state dict; see `FileFormat`.
 
-    Args:
-        native: The native state dict, buffers included or not.
-        config: The configuration of the network, as of `config_from_native`.
+    What the configuration implies is dropped where the file holds exactly that, else kept for the way back: a masked
+    key bias that is not zero, RoPE periods that are rounded.
 
     Raises:
-        ValueError: A name does not belong to this network, or the tokens are missing.
+        ValueError: A name does not belong to this network, the tokens are missing, or a value contradicts `config`.
     """
     missing = [name for name in ("cls_token", "mask_token") if name not in native]
     if missing:
         raise ValueError(f"the checkpoint has no {missing[0]}; check that it holds a whole ViT.")
-    split: dict[str, Tensor] = {}
+    split: dict[str, LazyTensor] = {}
     for name, tensor in native.items():
-        if ".attn.qkv.bias_mask" not in name and ".attn.qkv." in name:  # (3D, D) or (3D,)
-            split.update(_split_qkv(name, tensor, config))
+        if name.endswith((".attn.qkv.weight", ".attn.qkv.bias")):  # (3D, D) or (3D,)
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            split |= {name.replace(".qkv.", f".{part}."): third for part, third in parts}
         else:
             split[name] = tensor
-    ours = _keys(config).apply(split)
-    ours["embeddings.mask_token"] = ours["embeddings.mask_token"][None]  # (1, 1, D)
+    converted = Converted({})
+    for name in [name for name in split if name.endswith(".attn.qkv.bias_mask")]:
+        _drop_masked_key_bias(name, split, config, converted)
+    if "rope_embed.periods" in split:
+        _drop_periods(split["rope_embed.periods"], config, converted)
+
+    for name, tensor in _keys(config).apply(split).items():
+        (converted.extras if name.startswith(EXTRAS_PREFIX) else converted.tensors)[name] = tensor
+    tensors = converted.tensors
+    tensors["embeddings.mask_token"] = tensors["embeddings.mask_token"].view(1, 1, config.hidden_size)
     if config.num_register_tokens == 0:
-        ours["embeddings.register_tokens"] = ours["embeddings.cls_token"].new_empty(1, 0, config.hidden_size)
-    return ours
+        tensors["embeddings.register_tokens"] = LazyTensor.full(
+            (1, 0, config.hidden_size), 0, tensors["embeddings.cls_token"].dtype
+        )
+        converted.derived["embeddings.register_tokens"] = "empty: the network has none"
+    return converted
 
 
-def state_dict_to_native(ours: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
+def from_hf(ours: Tensors, config: DINOv3ViTConfig) -> Converted:
     """
-    A native state dict, with its buffers, from ours; dtypes stay as they are.
+    A native state dict, with its buffers; see `FileFormat`.
 
-    A network without key bias becomes one with a masked key bias, whose masked third is zero.
+    A network without key bias becomes one with a masked key bias, whose masked third is zero unless
+    `extras.safetensors` has another.
 
     Raises:
         ValueError: A name does not belong to this network, or the original has no such network.
@@ -179,40 +211,169 @@ def state_dict_to_native(ours: Mapping[str, Tensor], config: DINOv3ViTConfig) ->
         raise ValueError(
             "the original has a bias on queries and values together; set query_bias and value_bias alike."
         )
-    kept = {name: tensor for name, tensor in ours.items() if tensor.numel() > 0}  # no register tokens: no parameter
+    extras = {name.removeprefix(WAY_BACK): tensor for name, tensor in ours.items() if name.startswith(WAY_BACK)}
+    # Without register tokens their parameter is empty here, and absent there.
+    kept = {name: tensor for name, tensor in ours.items() if not name.startswith(WAY_BACK) and 0 not in tensor.shape}
+    converted = Converted({})
+    if config.untie_global_and_local_cls_norm and f"{EXTRAS_PREFIX}weight" not in kept:
+        for name in [name for name in kept if name.startswith("norm.")]:
+            kept[name.replace("norm.", EXTRAS_PREFIX)] = kept[name]
+            converted.derived[name.replace("norm.", EXTRAS_PREFIX)] = "a copy of norm: it acts in training only"
+
     split = _keys(config).inverse().apply(kept)
-    native: dict[str, Tensor] = {}
     for name, tensor in split.items():
         if ".attn.q." in name:
-            native.update(_fuse_qkv(name, split, config))
+            _fuse_qkv(name, split, extras, config, converted)
         elif ".attn.k." not in name and ".attn.v." not in name:
-            native[name] = tensor
-    native["mask_token"] = native["mask_token"][0]  # (1, D)
-    native["rope_embed.periods"] = rope_periods(RopeParameters.from_config(config))
-    return native
+            converted.tensors[name] = tensor
+    converted.tensors["mask_token"] = converted.tensors["mask_token"].view(1, config.hidden_size)
+    _add_periods(extras, config, converted)
+    unknown = sorted(set(extras))
+    if unknown:
+        raise ValueError(f"{WAY_BACK}{unknown[0]} in {EXTRAS_NAME} belongs to no tensor of this network; remove it.")
+    converted.differences.extend(_unsaid(config))
+    return converted
+
+
+def state_dict_from_native(native: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
+    """
+    The state dict of our model from a native one; dtypes stay as they are.
+
+    Args:
+        native: The native state dict, buffers included or not.
+        config: The configuration of the network, as of `config_from_native`.
+
+    Raises:
+        ValueError: As `to_hf`.
+    """
+    converted = to_hf({name: LazyTensor.of(tensor) for name, tensor in native.items()}, config)
+    acting = {name: tensor for name, tensor in converted.extras.items() if name.startswith(EXTRAS_PREFIX)}
+    # Cloned, because thirds of one matrix share its memory.
+    return {name: tensor.read().clone() for name, tensor in (converted.tensors | acting).items()}
+
+
+def state_dict_to_native(ours: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
+    """
+    A native state dict, with its buffers, from that of our model; dtypes stay as they are.
+
+    Raises:
+        ValueError: As `from_hf`.
+    """
+    return read_all(from_hf({name: LazyTensor.of(tensor) for name, tensor in ours.items()}, config).tensors)
+
+
+def architecture(config: DINOv3ViTConfig) -> str | None:
+    """The original's name of a released architecture: `dinov3_vits16`."""
+    for preset in PRESETS:
+        released = DINOv3ViTConfig.from_preset(preset)
+        if all(released.__dict__[name] == config.__dict__[name] for name in ARCHITECTURE_FIELDS):
+            return f"dinov3_{preset}"
+    return None
 
 
 def _keys(config: DINOv3ViTConfig) -> KeyMap:
     return SWIGLU_KEYS if config.use_gated_mlp else MLP_KEYS
 
 
-def _split_qkv(name: str, tensor: Tensor, config: DINOv3ViTConfig) -> dict[str, Tensor]:
-    parts = {name.replace(".qkv.", f".{part}."): third for part, third in zip("qkv", tensor.chunk(3), strict=True)}
-    if name.endswith(".bias") and not config.key_bias:
-        del parts[name.replace(".qkv.", ".k.")]
-    return {part: third.clone() for part, third in parts.items()}
+def _drop_masked_key_bias(
+    name: str, split: dict[str, LazyTensor], config: DINOv3ViTConfig, converted: Converted
+) -> None:
+    """Take the key bias that the mask `name` cancels, and the mask, out of `split`; keep what cannot be derived."""
+    if config.key_bias:
+        raise ValueError(f"{name} cancels the key bias, which the architecture has; check the architecture.")
+    key_name = name.replace(".qkv.bias_mask", ".k.bias")
+    key_bias, mask = split.pop(key_name), split[name].read()
+    expected = _bias_mask(config, key_bias.dtype)
+    if not torch.equal(mask.to(expected.dtype), expected):
+        raise ValueError(
+            f"{name} is not ones, zeros and ones for queries, keys and values; NaN there means weights that were "
+            "never initialised."
+        )
+    if not same_bits(key_bias.read(), torch.zeros(key_bias.shape, dtype=key_bias.dtype)):
+        converted.extras[f"{WAY_BACK}{key_name}"] = key_bias
+    if mask.dtype != expected.dtype:
+        converted.extras[f"{WAY_BACK}{name}"] = split[name]
+    else:
+        converted.dropped[name] = "a masked key bias is a network without key bias"
 
 
-def _fuse_qkv(q_name: str, split: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
-    name = q_name.replace(".q.", ".qkv.")
+def _fuse_qkv(
+    q_name: str,
+    split: Mapping[str, LazyTensor],
+    extras: dict[str, LazyTensor],
+    config: DINOv3ViTConfig,
+    converted: Converted,
+) -> None:
+    name, key_name = q_name.replace(".q.", ".qkv."), q_name.replace(".q.", ".k.")
     query, value = split[q_name], split[q_name.replace(".q.", ".v.")]  # (D, D) or (D,)
     masked = name.endswith(".bias") and not config.key_bias
-    key = torch.zeros_like(query) if masked else split[q_name.replace(".q.", ".k.")]
-    fused = {name: torch.cat((query, key, value))}  # (3D, D) or (3D,)
+    key = (
+        extras.pop(key_name, LazyTensor.full(query.shape, 0, query.dtype))  # what the mask hides
+        if masked
+        else split[key_name]
+    )
+    converted.tensors[name] = concatenate([query, key, value])  # (3D, D) or (3D,)
     if masked:
-        ones = torch.ones_like(query)
-        fused[f"{name}_mask"] = torch.cat((ones, torch.zeros_like(ones), ones))  # (3D,)
-    return fused
+        mask_name = f"{name}_mask"
+        if mask_name in extras:
+            converted.tensors[mask_name] = extras.pop(mask_name)
+            return
+        dtype = query.dtype
+        converted.tensors[mask_name] = LazyTensor((3 * config.hidden_size,), dtype, lambda: _bias_mask(config, dtype))
+        converted.derived[mask_name] = "ones, zeros, ones: the network has no key bias"
+
+
+def _bias_mask(config: DINOv3ViTConfig, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([1, 0, 1], dtype=dtype).repeat_interleave(config.hidden_size)  # (3D,)
+
+
+def _drop_periods(periods: LazyTensor, config: DINOv3ViTConfig, converted: Converted) -> None:
+    """Drop RoPE periods that are those of the configuration; keep others for the way back."""
+    name, found = "rope_embed.periods", periods.read()  # (d/4,)
+    computed = rope_periods(RopeParameters.from_config(config))
+    if found.shape != computed.shape:
+        raise ValueError(
+            f"{name} has {len(found)} values, a head of width {config.head_dim} has {len(computed)}; "
+            "check the architecture."
+        )
+    error = ((found.double() - computed.double()) / computed.double()).abs().max().item()
+    if not error < MAX_PERIOD_ERROR:
+        raise ValueError(f"{name} are not those of the architecture; check it.")
+    if same_bits(found, computed):
+        converted.dropped[name] = "follows from the configuration"
+        return
+    converted.extras[f"{WAY_BACK}{name}"] = periods
+    if error > FLOAT32_ERROR:
+        converted.differences.append(
+            f"RoPE periods: the file's are rounded, by up to {error:.2g} of their value; the folder's model computes "
+            'them in float32, and as rounded with rope_periods_dtype="bfloat16" (classes of dinov3_hf only)'
+        )
+
+
+def _add_periods(extras: dict[str, LazyTensor], config: DINOv3ViTConfig, converted: Converted) -> None:
+    name = "rope_embed.periods"
+    computed = rope_periods(RopeParameters.from_config(config))
+    if name not in extras:
+        converted.tensors[name] = LazyTensor.of(computed)
+        converted.derived[name] = "computed from the configuration"
+        return
+    kept = extras.pop(name)
+    values = kept.read().double()
+    if values.shape != computed.shape or not torch.allclose(values, computed.double(), rtol=MAX_PERIOD_ERROR, atol=0):
+        raise ValueError(
+            f"{WAY_BACK}{name} in {EXTRAS_NAME} are not the RoPE periods that config.json describes; remove them."
+        )
+    converted.tensors[name] = kept
+
+
+def _unsaid(config: DINOv3ViTConfig) -> list[str]:
+    """Settings that act on features and have no place in a native file, unless they are those of released models."""
+    released = DINOv3ViTConfig.from_preset("vits16")
+    return [
+        f"{name} = {config.__dict__[name]} has no place in a native file: tell who reads it"
+        for name in ("layer_norm_eps", "rope_normalize_coords", "rope_dtype")
+        if config.__dict__[name] != released.__dict__[name]
+    ]
 
 
 def _intermediate_size(embed_dim: int, ffn_ratio: float, ffn_layer: str) -> int:
@@ -228,3 +389,14 @@ def _look_up(argument: str, value: str, known: Mapping[str, Any]) -> Any:
         choices = [*known, "mlp"] if argument == "ffn_layer" else known
         raise ValueError(f"{argument} {value!r} is not known; use one of {', '.join(choices)}.")
     return known[value]
+
+
+NATIVE_VIT = FileFormat(
+    name="native",
+    model_types=(STOCK_MODEL_TYPE, NATIVE_MODEL_TYPE),
+    recognises=recognises,
+    read_config=read_config,
+    to_hf=to_hf,
+    from_hf=from_hf,
+    architecture=architecture,
+)

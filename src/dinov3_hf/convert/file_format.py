@@ -1,13 +1,13 @@
 """What a converter says about one file format of one model family; the formats are listed in `formats.py`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from dinov3_hf.convert.lazy_tensor import LazyTensor
 
-# Prefix of tensors in `extras.safetensors` that only serve the way back to a format: `native.rope_embed.periods`.
 Tensors = Mapping[str, LazyTensor]
 
 
@@ -49,12 +49,19 @@ class FileFormat:
             such network.
         architecture: The format's own name of an architecture (`dinov3_vits16`, `vit_small_patch16_dinov3`), `None`
             for one that it has no name for.
+        config_from_json: The configuration, from the `config.json` of the format's folder and the tensors. `None` is a
+            format that is a single file of torch.
+        config_to_json: That `config.json`, from the configuration, the format's tensors, and mean and standard
+            deviation of each image channel.
     """
 
     name: str
     model_types: tuple[str, ...]
     recognises: Callable[[Collection[str]], bool]
     read_config: Callable[[Tensors], PreTrainedConfig]
-    to_hf: Callable[[Tensors, PreTrainedConfig], Converted]
-    from_hf: Callable[[Tensors, PreTrainedConfig], Converted]
-    architecture: Callable[[PreTrainedConfig], str | None]
+    # `Any` is the configuration class of the family.
+    to_hf: Callable[[Tensors, Any], Converted]
+    from_hf: Callable[[Tensors, Any], Converted]
+    architecture: Callable[[Any], str | None]
+    config_from_json: Callable[[Mapping[str, Any], Tensors], PreTrainedConfig] | None = None
+    config_to_json: Callable[[Any, Tensors, Sequence[float], Sequence[float]], dict[str, Any]] | None = None

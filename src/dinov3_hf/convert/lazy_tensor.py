@@ -1,6 +1,7 @@
 """Tensors that are read when they are written, so that a model larger than the memory can be converted."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,16 @@ class LazyTensor:
     def full(cls, shape: Sequence[int], value: float, dtype: torch.dtype) -> "LazyTensor":
         return cls(tuple(shape), dtype, lambda: torch.full(tuple(shape), value, dtype=dtype))
 
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the values take."""
+        return self.numel * self.dtype.itemsize
+
     def view(self, *shape: int) -> "LazyTensor":
         """The same values in another shape."""
         if math.prod(shape) != math.prod(self.shape):
@@ -61,3 +72,25 @@ def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
 def read_all(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     """Every tensor in memory."""
     return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    """The dtype of most values."""
+    counts = Counter[torch.dtype]()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.numel
+    return counts.most_common(1)[0][0]
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are of one shape and dtype and have the same bits: NaN equals NaN, -0 does not equal 0."""
+    return (
+        first.shape == second.shape
+        and first.dtype == second.dtype
+        and torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+    )
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row; without a copy where its values already lie so."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

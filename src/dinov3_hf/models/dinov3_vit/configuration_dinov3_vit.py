@@ -108,6 +108,9 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
             The other parametrisation of the periods: geometric from minimum to maximum.
         rope_dtype (`str`, *optional*, defaults to `"float32"`):
             `"float32"` or `"bfloat16"`, in which the rotation tables are computed and queries and keys are rotated.
+        rope_periods_dtype (`str`, *optional*, defaults to `"float32"`):
+            `"float32"`, or `"bfloat16"` for periods that are computed in bfloat16, as in the original's training;
+            released files hold such periods, and the original uses them as they are.
         rope_augmentation_per_block (`bool`, *optional*, defaults to `True`):
             Whether each block draws its own shift, jitter and rescale, or all blocks share one draw per forward.
     """
@@ -157,6 +160,7 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
     rope_min_period: float | None = None
     rope_max_period: float | None = None
     rope_dtype: str = "float32"
+    rope_periods_dtype: str = "float32"
     rope_augmentation_per_block: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -198,6 +202,7 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
             and self.rope_theta is not None
             and self.rope_normalize_coords == "separate"
             and self.rope_dtype == "float32"
+            and self.rope_periods_dtype == "float32"
             and not self.class_token_in_feature_maps
         )
 
@@ -250,13 +255,14 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
 
         if self.class_token_in_feature_maps and self.reshape_hidden_states:
             raise ValueError(
-                "class_token_in_feature_maps has no place for CLS in maps (B, D, h, w); set reshape_hidden_states=False."
+                "class_token_in_feature_maps finds no place in maps (B, D, h, w); set reshape_hidden_states=False."
             )
 
         for name, allowed in (
             ("norm_type", NORM_TYPES),
             ("rope_normalize_coords", COORDINATE_NORMALIZATIONS),
             ("rope_dtype", ROPE_DTYPES),
+            ("rope_periods_dtype", ROPE_DTYPES),
         ):
             if self.__dict__[name] not in allowed:
                 raise ValueError(f"{name} {self.__dict__[name]!r} is not known; use one of {', '.join(allowed)}.")

@@ -29,6 +29,7 @@ class RopeParameters(NamedTuple):
     max_period: float | None
     normalize_coords: str
     dtype: torch.dtype
+    periods_dtype: torch.dtype = torch.float32
 
     @classmethod
     def from_config(cls, config: DINOv3ViTConfig) -> "RopeParameters":
@@ -39,6 +40,7 @@ class RopeParameters(NamedTuple):
             config.rope_max_period,
             config.rope_normalize_coords,
             _DTYPES[config.rope_dtype],
+            _DTYPES[config.rope_periods_dtype],
         )
 
 
@@ -51,14 +53,19 @@ class RopeDraws(NamedTuple):
 
 
 def rope_periods(parameters: RopeParameters, device: torch.device | None = None) -> Tensor:
-    """Periods in the RoPE dtype, (d/4,): `theta^(2k / (d/2))`, or geometric from the minimal to the maximal period."""
-    count, dtype = parameters.head_dim // 4, parameters.dtype
+    """Periods in the RoPE dtype, (d/4,): `theta^(2k / (d/2))`, or geometric from the minimal to the maximal period.
+
+    They are computed in the coarser of the RoPE dtype and the dtype of the periods.
+    """
+    count = parameters.head_dim // 4
+    dtype = torch.bfloat16 if torch.bfloat16 in (parameters.dtype, parameters.periods_dtype) else torch.float32
     if parameters.theta is not None:
         exponents = 2 * torch.arange(count, dtype=dtype, device=device) / (2 * count)  # (d/4,)
-        return parameters.theta**exponents
+        return (parameters.theta**exponents).to(parameters.dtype)
     assert parameters.min_period is not None and parameters.max_period is not None  # checked by the configuration
     exponents = torch.linspace(0, 1, count, dtype=dtype, device=device)  # (d/4,)
-    return parameters.min_period * (parameters.max_period / parameters.min_period) ** exponents
+    periods = parameters.min_period * (parameters.max_period / parameters.min_period) ** exponents
+    return periods.to(parameters.dtype)
 
 
 def patch_coordinates(

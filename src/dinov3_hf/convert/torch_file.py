@@ -1,0 +1,137 @@
+"""Files of `torch.save`: read without running code or taking memory, written one tensor at a time.
+
+A file is a zip archive, uncompressed: `data.pkl` with everything but the numbers, and one `data/N` for each storage.
+"""
+
+import io
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from dinov3_hf.convert.lazy_tensor import LazyTensor, raw_bytes
+
+# The name of a dtype in the pickle; readers of every version know these.
+_STORAGES: dict[torch.dtype, Any] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
+_ALIGNMENT = 64  # bytes, of a storage in the file; as torch.save does, for readers that map it
+_CHUNK = 1 << 22  # bytes
+
+
+def read_torch_file(path: Path) -> object:
+    """
+    What `torch.save` wrote, its tensors mapped from the file. Code in the file is refused, never run.
+
+    Raises:
+        ValueError: The file is damaged, holds code, or was not written by `torch.save`.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_archive(path)
+        # Before zip archives torch wrote formats that cannot be mapped; these are read whole.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if forbidden is None:
+            raise ValueError(f"{path} is damaged, or is no file of torch.save; download or copy it again.") from error
+        raise ValueError(
+            f"{path} holds more than tensors ({forbidden[1]}), and opening it could run code; nothing of it was run. "
+            "If you trust it, save its tensors alone with torch and convert that file."
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # what torch and pickle raise for damaged files is of many types
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise ValueError(f"{path} is damaged, or is no file of torch.save ({reason}); copy it again.") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every record with its checksum: mapped memory would be taken as it is."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{record.filename} is compressed")
+            with archive.open(record) as file:
+                while file.read(_CHUNK):
+                    pass  # raises BadZipFile at the end of a record that is not what was written
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Stands in the pickle for the numbers of one tensor."""
+
+    key: str
+    tensor: LazyTensor
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles lazy tensors as torch pickles tensors; collects them in the order of their storages."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, protocol=2)
+        self.tensors: list[LazyTensor] = []
+
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, LazyTensor):
+            return NotImplemented
+        strides = [1]
+        for length in reversed(value.shape[1:]):
+            strides.insert(0, strides[0] * max(length, 1))
+        storage = _Storage(str(len(self.tensors)), value)
+        self.tensors.append(value)
+        no_hooks: OrderedDict[str, object] = OrderedDict()
+        arguments = (storage, 0, value.shape, tuple(strides[: len(value.shape)]), False, no_hooks)
+        return torch._utils._rebuild_tensor_v2, arguments
+
+    def persistent_id(self, value: object) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        return ("storage", _STORAGES[value.tensor.dtype], value.key, "cpu", value.tensor.numel)
+
+
+def write_torch_file(content: Mapping[str, Any], path: Path) -> None:
+    """
+    Write what `torch.load(path, weights_only=True)` reads, mapped or not, holding one tensor in memory at a time.
+
+    Args:
+        content: Lazy tensors by name, or such dictionaries by name.
+        path: New file.
+
+    Raises:
+        ValueError: A tensor's dtype has no storage in such files.
+    """
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    try:
+        pickler.dump(content)
+    except KeyError as error:
+        raise ValueError(f"a tensor of dtype {error.args[0]} cannot be written to {path.name}.") from error
+    with zipfile.ZipFile(path, "x", allowZip64=True) as archive:
+        folder = path.stem
+        archive.writestr(zipfile.ZipInfo(f"{folder}/data.pkl"), pickled.getvalue())
+        archive.writestr(zipfile.ZipInfo(f"{folder}/byteorder"), b"little")
+        for key, tensor in enumerate(pickler.tensors):
+            record = zipfile.ZipInfo(f"{folder}/data/{key}")
+            record.file_size = tensor.num_bytes
+            zip64 = tensor.num_bytes > zipfile.ZIP64_LIMIT
+            start = archive.fp.tell() + 30 + len(record.filename) + (20 if zip64 else 0)  # type: ignore[union-attr]
+            padding = -(start + 4) % _ALIGNMENT
+            record.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+            with archive.open(record, "w", force_zip64=zip64) as file:
+                file.write(raw_bytes(tensor.read()))
+        archive.writestr(zipfile.ZipInfo(f"{folder}/version"), b"3\n")
