@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3_hf.convert import dinov3_convnext
 from dinov3_hf.convert.dinov3_vit import config_from_native, state_dict_to_native
+from dinov3_hf.convert.lazy_tensor import LazyTensor, read_all
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
@@ -36,6 +39,8 @@ def check_initialisation(content: dict[str, Any], compare: Comparison) -> None:
             continue
         if "patch_embed.proj.weight" in statistics:
             tensors = _vit(statistics)
+        elif "stages.0.0.dwconv.weight" in statistics:
+            tensors = _convnext(statistics)
         elif any(name.endswith("running_mean") and name.startswith("mlp.") for name in statistics):
             compare.notes.append(f"declined: batch norm in the prototype head ({section})")
             continue
@@ -87,6 +92,14 @@ def _vit(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
         }
     )
     return state_dict_to_native(DINOv3ViTModel(config).state_dict(), config)
+
+
+def _convnext(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+    """A fresh ConvNeXt of the recorded sizes, under native names."""
+    shapes = {name: LazyTensor.full(entry["shape"], 0, torch.float32) for name, entry in statistics.items()}
+    config = dinov3_convnext.read_config(shapes)
+    tensors = DINOv3ConvNextModel(config).state_dict()
+    return read_all(dinov3_convnext.from_hf({n: LazyTensor.of(t) for n, t in tensors.items()}, config).tensors)
 
 
 def _rope(periods: Statistics) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import (
     augmentation,
+    convnext,
     evaluation,
     heads,
     initialisation,
@@ -49,6 +50,7 @@ KINDS: dict[str, Check] = {
     "rope_table": Check(vit.check_rope_table, ("constructor", "rope_dtype", "grid")),
     "vit_rope_augmentation": Check(vit.check_vit_with_draws, ("constructor",)),
     "vit_drop_path": Check(vit.check_vit_with_draws, ("constructor",)),
+    "convnext": Check(convnext.check_convnext, ("constructor", "image_tags", "intermediate_n")),
     "prototype_head": Check(heads.check_prototype_head, ("constructor", "train_mode")),
     "dino_loss": Check(losses.check_dino_loss, LOSS_SETTINGS, losses.LEFT_OUT),
     "ibot_loss": Check(losses.check_ibot_loss, LOSS_SETTINGS, losses.LEFT_OUT),
@@ -71,7 +73,6 @@ KINDS: dict[str, Check] = {
 }
 
 KINDS_NOT_IN_THE_PACKAGE_YET = (
-    "convnext",
     "distillation_step",
     "multi_distillation_step",
     "distillation_trajectory",
@@ -109,10 +110,6 @@ def _has(*keys: str) -> Callable[[Any], bool]:
     return lambda content: isinstance(content, dict) and set(keys) <= set(content)
 
 
-def _all_have(content: Any, *keys: str) -> bool:
-    return isinstance(content, dict) and all(_has(*keys)(entry) for entry in content.values())
-
-
 JSON_TOPICS: tuple[JsonTopic, ...] = (
     JsonTopic("schedules", schedules.is_whole_configuration, schedules.check_whole_configuration),
     JsonTopic("param_groups", param_groups.is_param_groups, param_groups.check_param_groups),
@@ -121,7 +118,7 @@ JSON_TOPICS: tuple[JsonTopic, ...] = (
     JsonTopic("inventory", inventory.is_inventory, inventory.check_inventory),
     JsonTopic("augmentation", _has("order_global_crop", "measured_shapes"), augmentation.check_augmentation),
     JsonTopic("text tokenizer", _has("context_length", "vocab_size", "rows"), None),
-    JsonTopic("parameter counts", lambda content: _all_have(content, "parameters", "state_dict_entries"), None),
+    JsonTopic("parameter counts", inventory.is_summary, inventory.check_summary),
     JsonTopic("settings of the released heads", _has("dinov3_vit7b16_dd", "dinov3_vit7b16_lc"), None),
 )
 

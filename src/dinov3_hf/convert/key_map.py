@@ -1,7 +1,7 @@
 """Tables of parameter names: two columns, the inverse computed.
 
-A pattern is a name in which `{i}` stands for a number and `{p}` for `weight` or `bias`. `None` on the right drops the
-name on purpose; a name that no pattern knows is an error.
+A pattern is a name in which `{i}` and `{j}` stand for numbers and `{p}` for `weight` or `bias`. `None` on the right
+drops the name on purpose; a name that no pattern knows is an error.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-_FIELDS = {"i": r"\d+", "p": "weight|bias"}
+_FIELDS = {"i": r"\d+", "j": r"\d+", "p": "weight|bias"}
 
 
 class KeyMap:

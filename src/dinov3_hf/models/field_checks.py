@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 
@@ -18,9 +19,9 @@ def check_drop_path_rate(rate: float) -> None:
 
 
 def preset_fields(name: str, presets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The fields of the preset `name`; raise ValueError, naming the closest, where there is none."""
+    """A copy of the fields of the preset `name`; raise ValueError, naming the closest, where there is none."""
     if name not in presets:
         close = difflib.get_close_matches(name, presets, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(presets)}."
         raise ValueError(f"there is no preset {name!r}; {remedy}")
-    return presets[name]
+    return deepcopy(presets[name])

@@ -1,6 +1,7 @@
 """Configuration of the DINOv3 ConvNeXt."""
 
 import os
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -65,8 +66,8 @@ class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTraine
     }
 
     num_channels: int = 3
-    hidden_sizes: list[int] | None = None
-    depths: list[int] | None = None
+    hidden_sizes: list[int] = field(default_factory=lambda: [96, 192, 384, 768])
+    depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
     hidden_act: str = "gelu"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
@@ -81,8 +82,6 @@ class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTraine
         layer_scale = kwargs.pop(_NATIVE_LAYER_SCALE, None)
         if layer_scale is not None:
             self.layer_scale_init_value = layer_scale
-        self.hidden_sizes = [96, 192, 384, 768] if self.hidden_sizes is None else list(self.hidden_sizes)
-        self.depths = [3, 3, 9, 3] if self.depths is None else list(self.depths)
         self.validate_architecture()
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_stages + 1))]
         self.set_output_features_output_indices(

@@ -163,7 +163,7 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
         self.stages = nn.ModuleList([DINOv3ConvNextStage(config, index) for index in range(config.num_stages)])
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.stages[0].downsample_layers[0]
+        return self.get_submodule("stages.0.downsample_layers.0")
 
     def set_num_channels(self, num_channels: int) -> None:
         """
@@ -171,7 +171,7 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
 
         Grey images (1 channel) then give the features that they gave as RGB images of three equal channels.
         """
-        convolution = self.get_input_embeddings()
+        convolution: Any = self.get_input_embeddings()
         if num_channels == convolution.in_channels:
             return
         weight = convert_patch_embedding_channels(convolution.weight.detach(), num_channels)
