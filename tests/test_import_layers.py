@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"distributed"},
     "curation": {"distributed"},
     "models": {"objectives"},
-    "convert": {"models"},
+    "convert": {"models", "hub"},
     "hub": {"models"},
     "viz": set(),
     "evals": {"models", "viz"},

@@ -12,8 +12,13 @@ from dinov3_hf.cli import errors
 # Each module has `register(app)`, which adds its command, or its group of commands, to the program.
 COMMANDS = {
     "info": ("dinov3_hf.cli.info", "Versions, devices and their precisions, registered classes, models and recipes."),
+    "convert": (
+        "dinov3_hf.cli.convert",
+        "Convert a DINOv3 backbone between the formats of transformers, of the original and of timm.",
+    ),
     "evaluate": ("dinov3_hf.cli.evaluate", "Measure the frozen features of a model."),
     "visualize": ("dinov3_hf.cli.visualize", "Make a picture of what the features of a model tell apart."),
+    "push": ("dinov3_hf.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dinov3_hf.convert.file_format import FileFormat, Tensors
-from dinov3_hf.convert.formats import FORMATS, architecture_config, recognise
+from dinov3_hf.convert.formats import FORMATS, architecture_config, format_of, recognise
 from dinov3_hf.convert.hub_folder import CONFIG_NAME, read_hub_folder, read_json, read_weights
 from dinov3_hf.convert.image_statistics import ImageStatistics
 from dinov3_hf.convert.lazy_tensor import LazyTensor, main_dtype
@@ -32,6 +32,7 @@ class Checkpoint:
         statistics: Of the images that it was trained on.
         extras: What `extras.safetensors` holds, or shall hold.
         heads: `dino_head.*` and `ibot_head.*`.
+        architecture: The name that the source's format, or else the native one, has for the architecture, if any.
         branch: The branch of a training checkpoint that was taken; `None` for a file of one network.
         num_source_tensors: Tensors in the file or folder.
         derived, dropped, differences: As in `Converted`; on the way from the source to this form.
@@ -44,6 +45,7 @@ class Checkpoint:
     statistics: ImageStatistics
     extras: dict[str, LazyTensor] = field(default_factory=dict)
     heads: dict[str, LazyTensor] = field(default_factory=dict)
+    architecture: str | None = None
     branch: str | None = None
     num_source_tensors: int = 0
     derived: dict[str, str] = field(default_factory=dict)
@@ -147,14 +149,16 @@ def _from_hub_folder(
     folder = read_hub_folder(source)
     if given is not None and given.model_type != folder.config.model_type:
         raise ValueError(f"{source} is no {architecture}: it holds a {folder.config.model_type!r} model.")
+    config = folder.config if given is None else given
     return Checkpoint(
         source=source,
         format="hf",
-        config=folder.config if given is None else given,
+        config=config,
         tensors=folder.tensors,
         extras=folder.extras,
         heads=folder.heads,
-        statistics=folder.statistics or ImageStatistics.of("web", folder.config.num_channels),
+        statistics=folder.statistics or ImageStatistics.of("web", config.num_channels),
+        architecture=format_of("native", config).architecture(config),
         num_source_tensors=len(folder.tensors) + len(folder.extras) + len(folder.heads),
     )
 
@@ -210,6 +214,7 @@ def _from_state_dict(
         extras=converted.extras,
         heads=network.heads,
         statistics=statistics or ImageStatistics.of("satellite" if is_satellite else "web", config.num_channels),
+        architecture=name,
         branch=None if len(parts.branches) == 1 and chosen == "model" else chosen,
         num_source_tensors=sum(tensor is not None for tensor in content.values()),
         derived=converted.derived,

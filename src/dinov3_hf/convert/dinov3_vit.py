@@ -194,6 +194,12 @@ def to_hf(native: Tensors, config: DINOv3ViTConfig) -> Converted:
             (1, 0, config.hidden_size), 0, tensors["embeddings.cls_token"].dtype
         )
         converted.derived["embeddings.register_tokens"] = "empty: the network has none"
+    if architecture(config) is None:
+        converted.differences.append(
+            "no released architecture: what a native file does not say is taken as in the released ones "
+            f"(layer_norm_eps = {config.layer_norm_eps}, rope_normalize_coords = {config.rope_normalize_coords!r}, "
+            f"rope_dtype = {config.rope_dtype!r}); mend config.json if it was trained otherwise"
+        )
     return converted
 
 

@@ -26,7 +26,7 @@ def writing(target: Path, num_bytes: int) -> Iterator[Path]:
         FileExistsError: `target` exists.
         OSError: There is no room, or writing failed; nothing is left behind.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     made = [folder for folder in target.absolute().parents if not folder.exists()]
     parent = target.absolute().parent
     try:
@@ -45,7 +45,7 @@ def writing(target: Path, num_bytes: int) -> Iterator[Path]:
         yield staging / target.name
         for path in [*staging.rglob("*"), staging]:
             _sync(path)
-        _refuse_existing(target)
+        refuse_existing(target)
         (staging / target.name).rename(target)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -57,7 +57,11 @@ def writing(target: Path, num_bytes: int) -> Iterator[Path]:
     _sync(parent)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """
+    Raises:
+        FileExistsError: There is something at `target`.
+    """
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already; remove it or choose another name.")
 

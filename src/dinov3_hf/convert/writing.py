@@ -15,9 +15,10 @@ from dinov3_hf.convert.formats import FORMATS, format_of
 from dinov3_hf.convert.hub_folder import CONFIG_NAME, write_hub_folder
 from dinov3_hf.convert.lazy_tensor import LazyTensor
 from dinov3_hf.convert.safetensors_file import write_shards
-from dinov3_hf.convert.staging import writing
+from dinov3_hf.convert.staging import refuse_existing, writing
 from dinov3_hf.convert.torch_file import write_torch_file
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.hub.model_card import write_model_card
 
 HUB = "hf"
 TORCH_SUFFIXES = (".pth", ".pt")
@@ -70,12 +71,8 @@ def write_checkpoint(
         OSError: There is no room, or writing failed. Nothing is left of `target`.
     """
     target = Path(target)
-    known = (HUB, *dict.fromkeys(each.name for each in FORMATS))
-    if to not in known:
-        raise ArgumentError(f"format {to!r} is not known; use one of {', '.join(known)}.")
+    check_target(target, to)
     file_format = None if to == HUB else format_of(to, checkpoint.config)
-    if file_format is not None and file_format.config_to_json is None and target.suffix not in TORCH_SUFFIXES:
-        raise ArgumentError(f"{target} is to be a file of torch; give it the suffix {' or '.join(TORCH_SUFFIXES)}.")
     converted = Converted(checkpoint.tensors) if file_format is None else _convert(checkpoint, file_format)
 
     def checked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -90,6 +87,7 @@ def write_checkpoint(
         if file_format is None:
             heads, extras = checked(checkpoint.heads), checked(checkpoint.extras)
             write_hub_folder(staged, checkpoint.config, tensors, extras, heads, checkpoint.statistics, max_shard_size)
+            write_model_card(staged, provenance=f"Converted from {checkpoint.source.name} ({checkpoint.format}).")
         elif file_format.config_to_json is None:
             write_torch_file(_native_content(tensors, checked(checkpoint.heads)), staged)
         else:
@@ -105,6 +103,26 @@ def write_checkpoint(
         dropped=converted.dropped,
         differences=converted.differences,
     )
+
+
+def check_target(target: Path, to: str) -> None:
+    """
+    Refuse what could not be written, before anything is read.
+
+    Args:
+        target, to: As `write_checkpoint` has them.
+
+    Raises:
+        ArgumentError: `to` is no format, or `target` has not its suffix.
+        FileExistsError: `target` is there already.
+    """
+    known = (HUB, *dict.fromkeys(each.name for each in FORMATS))
+    if to not in known:
+        raise ArgumentError(f"format {to!r} is not known; use one of {', '.join(known)}.")
+    is_file = any(each.config_to_json is None for each in FORMATS if each.name == to)
+    if is_file and target.suffix not in TORCH_SUFFIXES:
+        raise ArgumentError(f"{target} is to be a file of torch; give it the suffix {' or '.join(TORCH_SUFFIXES)}.")
+    refuse_existing(target)
 
 
 def _convert(checkpoint: Checkpoint, file_format: FileFormat) -> Converted:

@@ -1,0 +1,115 @@
+"""Memory that a conversion takes: native -> Hub folder -> native, at the real size of a model with random weights.
+
+    python benchmarks/convert_memory.py [vit7b16] [--dtype bfloat16] [--folder FOLDER]
+
+Prints, for each way, the largest anonymous memory of the process, sampled every 50 ms (pages mapped from files are the
+system's to take back, and do not count), and checks that the last file has the bits of the first. Needs three times
+the model's size on disk, which it frees at the end.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from harness import append_results
+from torch import Tensor
+
+from dinov3_hf.convert.checkpoint import Checkpoint, read_checkpoint
+from dinov3_hf.convert.formats import architecture_config
+from dinov3_hf.convert.image_statistics import ImageStatistics
+from dinov3_hf.convert.lazy_tensor import LazyTensor, same_bits
+from dinov3_hf.convert.torch_file import read_torch_file
+from dinov3_hf.convert.writing import write_checkpoint
+from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES
+
+SECONDS_BETWEEN_SAMPLES = 0.05
+ANONYMOUS = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
+
+
+def random_checkpoint(preset: str, dtype: torch.dtype) -> Checkpoint:
+    """A checkpoint whose values are drawn when they are read, the same ones each time."""
+    config = architecture_config(preset)
+    _, model_class = BACKBONES[config.model_type]
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+
+    def random(name: str, shape: tuple[int, ...]) -> LazyTensor:
+        def draw() -> Tensor:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            return torch.empty(shape, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
+
+        return LazyTensor(shape, dtype, draw)
+
+    tensors = {name: random(name, shape) for name, shape in shapes.items()}
+    acting = {name: tensor for name, tensor in tensors.items() if name.startswith("local_cls_norm.")}
+    return Checkpoint(
+        source=Path(preset),
+        format="hf",
+        config=config,
+        tensors={name: tensor for name, tensor in tensors.items() if name not in acting},
+        statistics=ImageStatistics.of("web", config.num_channels),
+        extras=acting,
+    )
+
+
+def convert(source: Path, target: Path, to: str) -> tuple[float, int]:
+    """Seconds and the largest anonymous memory, in bytes, of `dinov3-hf convert`."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, "-m", "dinov3_hf", "convert", source, target, "--to", to])
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        peak = max(peak, 1024 * sum(int(kilobytes) for kilobytes in ANONYMOUS.findall(status.read_text())))
+        time.sleep(SECONDS_BETWEEN_SAMPLES)
+    if process.returncode != 0:
+        raise SystemExit(f"the conversion to {to} failed")
+    return time.perf_counter() - start, peak
+
+
+def check_equal(first: Path, second: Path) -> int:
+    """Number of tensors, all of the same bits in both files."""
+    ours, theirs = read_torch_file(first), read_torch_file(second)
+    assert isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if not same_bits(tensor, theirs[name]):
+            raise SystemExit(f"{name} has come back with other bits")
+    return len(ours)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="vit7b16")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder by default")
+    args = parser.parse_args()
+
+    work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.folder))
+    try:
+        native, hub, back = work / "native.pth", work / "hub", work / "back.pth"
+        write_checkpoint(random_checkpoint(args.preset, torch.__dict__[args.dtype]), native, "native")
+        size = native.stat().st_size
+        rows = []
+        for source, target, to in ((native, hub, "hf"), (hub, back, "native")):
+            seconds, peak = convert(source, target, to)
+            way = f"{read_checkpoint(source).format} -> {to}"
+            rows.append([args.preset, args.dtype, way, f"{size / 1e9:.1f}", f"{seconds:.0f}", f"{peak / 1e9:.2f}"])
+        num_equal = check_equal(native, back)
+    finally:
+        shutil.rmtree(work)
+    append_results(
+        "Memory of a conversion",
+        ["model", "dtype", "way", "file, GB", "seconds", "peak of anonymous memory, GB"],
+        rows,
+        ["transformers", "safetensors"],
+        notes=f"All {num_equal} tensors of the native file came back with the same bits.",
+    )
+
+
+if __name__ == "__main__":
+    main()
