@@ -66,7 +66,7 @@ build/floor/installed: setup.cfg | .venv/installed-dev
 
 test-floor: build/floor/installed  ## Run the model, trainer and command-line tests on the oldest supported transformers
 	PYTHONPATH=$(CURDIR)/build/floor $(PYTEST) $(WORKERS) -m "not slow" tests/models tests/training tests/evals tests/cli \
-		tests/test_package.py
+		tests/test_auto.py tests/test_package.py
 
 style: .venv/installed-dev  ## Format the code and repair what ruff can
 	$(BIN)/ruff check --fix .
