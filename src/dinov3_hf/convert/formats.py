@@ -4,15 +4,23 @@ from collections.abc import Collection
 
 from transformers import PreTrainedConfig
 
+from dinov3_hf.convert.dinov3_convnext import NATIVE_CONVNEXT
 from dinov3_hf.convert.dinov3_vit import NATIVE_VIT
 from dinov3_hf.convert.file_format import FileFormat
+from dinov3_hf.convert.timm_convnext import TIMM_CONVNEXT
+from dinov3_hf.convert.timm_vit import TIMM_VIT
 from dinov3_hf.errors import ArgumentError, did_you_mean
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
+from dinov3_hf.models.dinov3_convnext.presets import PRESETS as CONVNEXT_PRESETS
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.presets import PRESETS as VIT_PRESETS
 
-FORMATS: tuple[FileFormat, ...] = (NATIVE_VIT,)
+FORMATS: tuple[FileFormat, ...] = (NATIVE_VIT, NATIVE_CONVNEXT, TIMM_VIT, TIMM_CONVNEXT)
 # Names of released architectures -> the configuration class whose `from_preset` takes them.
-ARCHITECTURES: dict[str, type[DINOv3ViTConfig]] = dict.fromkeys(VIT_PRESETS, DINOv3ViTConfig)
+ARCHITECTURES: dict[str, type[DINOv3ViTConfig] | type[DINOv3ConvNextConfig]] = {
+    **dict.fromkeys(VIT_PRESETS, DINOv3ViTConfig),
+    **dict.fromkeys(CONVNEXT_PRESETS, DINOv3ConvNextConfig),
+}
 
 
 def architecture_config(name: str) -> PreTrainedConfig:
