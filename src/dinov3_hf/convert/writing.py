@@ -12,9 +12,9 @@ from torch import Tensor
 from dinov3_hf.convert.checkpoint import Checkpoint
 from dinov3_hf.convert.file_format import Converted, FileFormat
 from dinov3_hf.convert.formats import FORMATS, format_of
-from dinov3_hf.convert.hub_folder import CONFIG_NAME, write_hub_folder
+from dinov3_hf.convert.hub_folder import CONFIG_NAME, WEIGHTS_NAME, write_hub_folder
 from dinov3_hf.convert.lazy_tensor import LazyTensor
-from dinov3_hf.convert.safetensors_file import write_shards
+from dinov3_hf.convert.safetensors_file import write_safetensors
 from dinov3_hf.convert.staging import refuse_existing, writing
 from dinov3_hf.convert.torch_file import write_torch_file
 from dinov3_hf.errors import ArgumentError
@@ -61,7 +61,7 @@ def write_checkpoint(
         checkpoint: Of `read_checkpoint`.
         target: New: a folder for `"hf"` and `"timm"`, a file `*.pth` or `*.pt` for `"native"`.
         to: `"hf"`, `"native"` or `"timm"`.
-        max_shard_size: of a safetensors file, in bytes.
+        max_shard_size: of a safetensors file of a Hub folder, in bytes.
         progress: is told the bytes of each tensor when it is read for writing.
 
     Raises:
@@ -94,7 +94,7 @@ def write_checkpoint(
             fields = file_format.config_to_json(checkpoint.config, converted.tensors, *checkpoint.statistics)
             staged.mkdir()
             (staged / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-            write_shards(tensors, staged, max_shard_size)
+            write_safetensors(tensors, staged / WEIGHTS_NAME)  # timm reads no shards
     return Written(
         architecture=None if file_format is None else file_format.architecture(checkpoint.config),
         num_tensors=len(everything),
