@@ -22,6 +22,8 @@ from dinov3_hf.evals.features import (
     load_model,
     patch_grid,
 )
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from tests.testing_utils import save_tiny_vit
@@ -50,7 +52,8 @@ def test_models_saved_by_transformers(family, tmp_path):
     stock.save_pretrained(tmp_path)
     build_image_processor(image_size=32).save_pretrained(tmp_path)
     model, processor = load_model(str(tmp_path))
-    assert isinstance(model, DINOv3ViTModel if family == "dinov3_vit" else type(stock))
+    ours = {"dinov3_vit": DINOv3ViTModel, "dinov3_convnext": DINOv3ConvNextModel}
+    assert isinstance(model, ours.get(family, type(stock)))
     features = extract_features(model, ImageList(pictures()), processor, labels=[0, 1, 0, 1, 1])
     with torch.no_grad():
         expected = stock(**processor(pictures(), return_tensors="pt")).pooler_output.flatten(1)
@@ -224,6 +227,20 @@ def test_images_none_of_which_can_be_read(tmp_path):
     _, processor = load_model(str(tmp_path))
     with pytest.raises(ValueError, match="6 of 6 images cannot be read"):
         extract_features(model, Nothing(), processor, max_unreadable_share=1.0)
+
+
+@pytest.mark.parametrize("patch_size", [None, 16])
+def test_patches_of_a_convnext_are_the_positions_of_its_last_map(patch_size):
+    config = DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], patch_size=patch_size)
+    model = DINOv3ConvNextModel(config).eval()
+    processor = build_image_processor(image_size=64)
+    features = extract_features(model, ImageList(pictures()), processor, with_patches=True)
+    with torch.no_grad():
+        expected = model(**processor(pictures(), return_tensors="pt")).last_hidden_state
+    assert features.grid == (2, 2)
+    torch.testing.assert_close(features.patches, expected[:, 1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="image size 48 is not a multiple of the patch size 32; use 32 or 64"):
+        extract_features(model, ImageList(pictures()), processor, size=48)
 
 
 def test_images_that_do_not_fit(tmp_path):

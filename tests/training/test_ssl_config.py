@@ -281,6 +281,14 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
         SSLConfig(output_dir=str(tmp_path / "run"))
 
 
+def test_a_backbone_that_cannot_be_masked_is_refused(tmp_path):
+    backbone = {"model_type": "dinov3_convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16]}
+    with pytest.raises(ValueError, match="a dinov3_convnext backbone has no mask token"):
+        SSLConfig(output_dir=str(tmp_path), backbone=backbone)
+    with pytest.raises(ArgumentError, match=r"backbone has no entry 'depth'; did you mean depths\?"):
+        SSLConfig(output_dir=str(tmp_path), backbone={**backbone, "depth": [1]})
+
+
 def test_the_backbone_is_told_the_size_it_is_trained_at(tmp_path):
     sizes = {"output_dir": str(tmp_path), "global_crop_size": 64, "local_crop_size": 32}
     assert SSLConfig(**sizes).backbone_config().image_size == 64

@@ -18,10 +18,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 
 # Families that this package computes itself; everything else is opened by `AutoModel`.
-OUR_MODELS: dict[str, type[PreTrainedModel]] = {"dinov3_vit": DINOv3ViTModel, "dinov3_vit_native": DINOv3ViTModel}
+OUR_MODELS: dict[str, type[PreTrainedModel]] = {
+    "dinov3_vit": DINOv3ViTModel,
+    "dinov3_vit_native": DINOv3ViTModel,
+    "dinov3_convnext": DINOv3ConvNextModel,
+    "dinov3_convnext_native": DINOv3ConvNextModel,
+}
 
 MODEL_FILES = ("config.json", "preprocessor_config.json")
 _SAME_MODEL = "give a folder in which both are of the same model."
@@ -273,7 +280,9 @@ def _too_many(unreadable: list[str], num_images: int, max_share: float) -> str:
 
 
 def patch_size(model: PreTrainedModel) -> int | None:
-    """Side in pixels of the patches that `model` cuts images into; None for families that do not (ConvNets)."""
+    """Side in pixels of what a token of `model` stands for; None for families without tokens (other ConvNets)."""
+    if isinstance(model.config, DINOv3ConvNextConfig):
+        return model.config.stride  # its `patch_size` is that of feature maps
     return model.config.to_dict().get("patch_size")  # the dictionary: not every family's config has the field
 
 

@@ -365,7 +365,12 @@ class SSLConfig(RecipeConfig):
 
 
 def _backbone_config(backbone: dict[str, Any]) -> PreTrainedConfig:
-    from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict, own_annotations
+    from dinov3_hf.models.dinov3_pretraining.backbones import (
+        BACKBONES,
+        backbone_config_from_dict,
+        check_masks,
+        own_annotations,
+    )
     from dinov3_hf.models.dinov3_vit.presets import PRESETS
 
     entries = dict(backbone)
@@ -377,4 +382,6 @@ def _backbone_config(backbone: dict[str, Any]) -> PreTrainedConfig:
         config_class, _ = BACKBONES[model_type]
         types = own_annotations(config_class)
         entries = fit_mapping("backbone", entries, {"model_type": str, **types})
-    return backbone_config_from_dict({**PRESETS.get(preset, {}), **entries})
+    config = backbone_config_from_dict({**PRESETS.get(preset, {}), **entries})
+    check_masks(config)
+    return config

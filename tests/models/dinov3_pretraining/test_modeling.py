@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
+from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_dict, build_backbone
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training.ema import update_ema
@@ -155,3 +158,14 @@ def test_unknown_head_field_and_backbone_type_are_named():
         make_config(dino_head={"num_prototype": 3})
     with pytest.raises(ValueError, match="resnet"):
         make_config(backbone_config={"model_type": "resnet"})
+
+
+@pytest.mark.parametrize("fields", [{}, {"patch_size": 16}])
+def test_a_backbone_without_a_mask_token_is_refused(fields):
+    """Before anything is built: L_iBOT would otherwise ask for patches that the student sees."""
+    config = DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], **fields)
+    for given in (config, config.to_dict()):
+        with pytest.raises(ValueError, match=r"a dinov3_convnext.* backbone has no mask token, which L_iBOT hides"):
+            make_config(backbone_config=given)
+    assert type(build_backbone(config)) is DINOv3ConvNextModel
+    assert backbone_config_from_dict(config.to_dict()).to_dict() == config.to_dict()

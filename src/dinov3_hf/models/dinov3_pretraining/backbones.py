@@ -9,13 +9,22 @@ from typing import Any, ClassVar, get_origin
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextNativeConfig,
+)
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 
 BACKBONES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTModel),
     "dinov3_vit_native": (DINOv3ViTNativeConfig, DINOv3ViTModel),
+    "dinov3_convnext": (DINOv3ConvNextConfig, DINOv3ConvNextModel),
+    "dinov3_convnext_native": (DINOv3ConvNextNativeConfig, DINOv3ConvNextModel),
 }
+# A backbone of these families ignores `bool_masked_pos`.
+WITHOUT_MASK_TOKEN = ("dinov3_convnext", "dinov3_convnext_native")
 
 
 def backbone_config_from_dict(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -30,6 +39,15 @@ def backbone_config_from_dict(config: dict[str, Any] | PreTrainedConfig | None) 
         )
     config_class, _ = BACKBONES[model_type]
     return config_class(**fields)
+
+
+def check_masks(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a backbone that cannot hide patches from itself, which L_iBOT asks of the student."""
+    if config.model_type in WITHOUT_MASK_TOKEN:
+        raise ValueError(
+            f"a {config.model_type} backbone has no mask token, which L_iBOT hides patches with: it would see what it "
+            "has to predict; pre-train a dinov3_vit backbone."
+        )
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:

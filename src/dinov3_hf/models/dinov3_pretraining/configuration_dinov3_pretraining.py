@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_dict
+from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_dict, check_masks
 from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
 
 PROTOTYPE_HEAD_DEFAULTS: dict[str, Any] = {
@@ -24,8 +24,8 @@ class DINOv3PreTrainingConfig(RemoteCodeConfigMixin, PreTrainedConfig):
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the backbone, the same for student and teacher. A `dict` may leave out `model_type`, which
-            then is `dinov3_vit`.
+            Configuration of the backbone, the same for student and teacher, of a family with a mask token. A `dict`
+            may leave out `model_type`, which then is `dinov3_vit`.
         dino_head, ibot_head (`dict`, *optional*):
             Prototype heads on the CLS token and on the masked patches: `num_prototypes`, `bottleneck_dim`,
             `hidden_dim`, `num_layers`, `mlp_bias`.
@@ -67,6 +67,7 @@ class DINOv3PreTrainingConfig(RemoteCodeConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = backbone_config_from_dict(self.backbone_config)
+        check_masks(self.backbone_config)
         self.dino_head = _complete_head("dino_head", self.dino_head)
         self.ibot_head = _complete_head("ibot_head", self.ibot_head)
         super().__post_init__(**kwargs)
