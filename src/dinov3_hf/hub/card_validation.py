@@ -119,6 +119,8 @@ def check_license(license: str, license_name: str | None = None) -> None:
 
 
 def _check_model_index(model_index: Any) -> None:
+    if not model_index:
+        raise ValueError("model-index of README.md is empty; leave it out.")
     try:
         _, results = model_index_to_eval_results(model_index)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
