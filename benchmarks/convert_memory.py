@@ -3,8 +3,8 @@
     python benchmarks/convert_memory.py [vit7b16] [--dtype bfloat16] [--folder FOLDER]
 
 Prints, for each way, the largest anonymous memory of the process, sampled every 50 ms (pages mapped from files are the
-system's to take back, and do not count), and checks that the last file has the bits of the first. Needs three times
-the model's size on disk, which it frees at the end.
+system's to take back, and do not count), and checks that the last file has the bits of the first. Needs twice the
+model's size on disk, which it frees at the end.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from harness import append_results
 from torch import Tensor
 
 from dinov3_hf.convert.checkpoint import Checkpoint, read_checkpoint
-from dinov3_hf.convert.formats import architecture_config
+from dinov3_hf.convert.formats import architecture_config, format_of
 from dinov3_hf.convert.image_statistics import ImageStatistics
 from dinov3_hf.convert.lazy_tensor import LazyTensor, same_bits
 from dinov3_hf.convert.torch_file import read_torch_file
@@ -72,14 +72,16 @@ def convert(source: Path, target: Path, to: str) -> tuple[float, int]:
     return time.perf_counter() - start, peak
 
 
-def check_equal(first: Path, second: Path) -> int:
-    """Number of tensors, all of the same bits in both files."""
-    ours, theirs = read_torch_file(first), read_torch_file(second)
-    assert isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        if not same_bits(tensor, theirs[name]):
+def check_equal(checkpoint: Checkpoint, native: Path) -> int:
+    """Number of tensors of a native file, all of which have the bits of the checkpoint that it was written from."""
+    file_format = format_of("native", checkpoint.config)
+    expected = file_format.from_hf(checkpoint.tensors | checkpoint.extras, checkpoint.config).tensors
+    found = read_torch_file(native)
+    assert isinstance(found, dict) and found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if not same_bits(tensor.read(), found[name]):
             raise SystemExit(f"{name} has come back with other bits")
-    return len(ours)
+    return len(expected)
 
 
 def main() -> None:
@@ -92,14 +94,16 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.folder))
     try:
         native, hub, back = work / "native.pth", work / "hub", work / "back.pth"
-        write_checkpoint(random_checkpoint(args.preset, torch.__dict__[args.dtype]), native, "native")
+        checkpoint = random_checkpoint(args.preset, torch.__dict__[args.dtype])
+        write_checkpoint(checkpoint, native, "native")
         size = native.stat().st_size
         rows = []
         for source, target, to in ((native, hub, "hf"), (hub, back, "native")):
             seconds, peak = convert(source, target, to)
             way = f"{read_checkpoint(source).format} -> {to}"
             rows.append([args.preset, args.dtype, way, f"{size / 1e9:.1f}", f"{seconds:.0f}", f"{peak / 1e9:.2f}"])
-        num_equal = check_equal(native, back)
+            native.unlink(missing_ok=True)
+        num_equal = check_equal(checkpoint, back)
     finally:
         shutil.rmtree(work)
     append_results(

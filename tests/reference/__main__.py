@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a case, or a folder that contains cases")
+    parser.add_argument(
+        "--round_trip",
+        action="store_true",
+        help="convert the weights of every backbone to a folder of the Hub and back, through files, and check those",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a case that could not be run")
     options = parser.parse_args(arguments)
 
@@ -57,16 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{path} holds no case: neither case.json nor another JSON file.")
         for case in cases:
             num_cases += 1
-            num_misses += _report(case, is_named=case == path, debug=options.debug)
+            num_misses += _report(case, options.round_trip, is_named=case == path, debug=options.debug)
     _print(f"{num_cases} cases, {num_misses} misses")
     return 1 if num_misses else 0
 
 
-def _report(path: Path, is_named: bool, debug: bool) -> bool:
+def _report(path: Path, round_trip: bool, is_named: bool, debug: bool) -> bool:
     """Checks one case, prints its line, and says whether it is a miss."""
     name = "/".join(path.parts[-2:])
     try:
-        compare = check_case(path)
+        compare = check_case(path, round_trip)
     except Declined as error:
         _print(f"{name}: declined: {error}")
         return False

@@ -10,6 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .round_trip import BACKBONE_KINDS, through_files
+
 CASE_FILE = "case.json"
 
 
@@ -26,6 +28,7 @@ class Case:
     """
 
     folder: Path
+    round_trip: bool = False  # the weights go through a folder of the Hub first
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -45,7 +48,8 @@ class Case:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        return self._tensors("weights")
+        weights = self._tensors("weights")
+        return through_files(weights) if self.round_trip and self.kind in BACKBONE_KINDS else weights
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:

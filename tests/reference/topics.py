@@ -123,13 +123,13 @@ JSON_TOPICS: tuple[JsonTopic, ...] = (
 )
 
 
-def check_case(path: Path) -> Comparison:
-    """Checks one case folder or JSON file.
+def check_case(path: Path, round_trip: bool = False) -> Comparison:
+    """Checks one case folder or JSON file; with `round_trip` a backbone's weights go through files first.
 
     Raises:
         UnknownKind, NotInThePackageYet, Declined: nothing was compared.
     """
-    return _check_json(path) if path.is_file() else _check_folder(Case(path))
+    return _check_json(path) if path.is_file() else _check_folder(Case(path, round_trip))
 
 
 def _check_folder(case: Case) -> Comparison:

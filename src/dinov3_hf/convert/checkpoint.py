@@ -17,6 +17,7 @@ from dinov3_hf.convert.safetensors_file import read_safetensors
 from dinov3_hf.convert.torch_file import read_torch_file
 from dinov3_hf.convert.training_checkpoint import BRANCHES, Branch, flatten, take_apart
 from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES
+from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,11 @@ def check_parameters(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: A parameter is missing, has another shape, is no floating-point number, or is unknown.
     """
-    model = _meta_model(checkpoint.config)
+    config = checkpoint.config
+    num_blocks = config.num_hidden_layers if isinstance(config, DINOv3ViTConfig) else sum(config.depths)
+    if num_blocks > len(checkpoint.tensors):  # building a network of a billion blocks would not end
+        raise ValueError(f"{checkpoint.source} has fewer tensors than blocks ({num_blocks}); copy config.json again.")
+    model = _meta_model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     acting = {name: tensor for name, tensor in checkpoint.extras.items() if name in expected}
     found = checkpoint.tensors | acting
@@ -136,8 +141,11 @@ def check_parameters(checkpoint: Checkpoint) -> None:
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     _, model_class = BACKBONES[config.model_type]
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(config)
+    except Exception as error:  # sizes that no tensor can have raise whatever the layer raises
+        raise ValueError(f"the configuration describes no network ({' '.join(str(error).split())[:160]}).") from error
     return model
 
 
@@ -249,6 +257,10 @@ def _choose_branch(
     if not any(branch.backbone for branch in branches.values()):
         raise ValueError(f"{source} holds heads ({names[0]}, ...) and no backbone; give the backbone's file.")
     formats = ", ".join(dict.fromkeys(each.name for each in FORMATS))
+    if (source.parent / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{source} does not say what it is; give its folder {source.parent}, which has a {CONFIG_NAME}."
+        )
     raise ValueError(
         f"{source} is no DINOv3 backbone of a known format ({formats}, or a folder of the Hub): it has {len(names)} "
         f"tensors such as {names[0]}."
