@@ -162,7 +162,7 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
         config.validate_architecture()
         self.stages = nn.ModuleList([DINOv3ConvNextStage(config, index) for index in range(config.num_stages)])
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.get_submodule("stages.0.downsample_layers.0")
 
     def set_num_channels(self, num_channels: int) -> None:
@@ -171,7 +171,7 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
 
         Grey images (1 channel) then give the features that they gave as RGB images of three equal channels.
         """
-        convolution: Any = self.get_input_embeddings()
+        convolution = self.get_input_embeddings()
         if num_channels == convolution.in_channels:
             return
         weight = convert_patch_embedding_channels(convolution.weight.detach(), num_channels)
@@ -197,7 +197,8 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
             raise ValueError(
                 f"images of {tuple(pixel_values.shape[-2:])} pixels are smaller than the stride of {stride} pixels."
             )
-        features, collected = pixel_values, {}
+        features = pixel_values.to(self.get_input_embeddings().weight.dtype)
+        collected: dict[int, Tensor] = {}
         for index, stage in enumerate(self.stages[: max(collect) + 1]):
             features = stage(features)
             if index in collect:
@@ -206,9 +207,14 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
 
     def to_patch_grid(self, features: Tensor, pixel_values: Tensor) -> Tensor:
         """A feature map, resized to (B, D, H // patch_size, W // patch_size) where the configuration has one."""
-        if self.config.patch_size is None:
+        side = self.config.patch_size
+        if side is None:
             return features
-        size = [pixels // self.config.patch_size for pixels in pixel_values.shape[-2:]]
+        size = [pixels // side for pixels in pixel_values.shape[-2:]]
+        if min(size) == 0:
+            raise ValueError(
+                f"images of {tuple(pixel_values.shape[-2:])} pixels are smaller than one patch of {side}."
+            )
         # In float32, because antialiased resizing is not there in bfloat16 on a CPU.
         resized = F.interpolate(features.float(), size, mode="bilinear", antialias=True)
         return resized.to(features.dtype)
