@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
         teacher = Path(args.output_dir) / "teacher"
         trainer.save_teacher(teacher)
         print(summary(trainer.state.log_history, teacher))
+        if args.push_to_hub:
+            print(f"and at {trainer.push_teacher(teacher)}")
 
 
 def summary(log_history: list[dict[str, float]], teacher: Path) -> str:

@@ -47,9 +47,13 @@ class Client:
         """Pid of `dinov3-hf push ARGUMENTS`."""
         return self._ask({"arguments": ["push", *map(str, arguments)], "log": str(self.log), "env": TOKEN | env})
 
-    def python(self, program: str, **env: str) -> str:
-        """What a program prints."""
-        status, printed, error = self.wait(self._ask({"program": program, "log": str(self.log), "env": TOKEN | env}))
+    def run(self, program: str) -> tuple[int, str, str]:
+        """Exit status, output and error output of a Python program."""
+        return self.wait(self._ask({"program": program, "log": str(self.log), "env": TOKEN}))
+
+    def python(self, program: str) -> str:
+        """What a program prints that succeeds."""
+        status, printed, error = self.run(program)
         assert status == 0, error
         return printed
 

@@ -233,7 +233,8 @@ def test_learning_rate_moves_the_peak_and_what_is_level_with_it(tmp_path):
         ({"save_only_model": True}, r"save_only_model is not read .* teacher/ in a checkpoint is the model alone"),
         ({"load_best_model_at_end": True}, r"load_best_model_at_end is not read"),
         ({"save_strategy": "best"}, r"save_strategy best is not supported; use steps with save_total_limit"),
-        ({"push_to_hub": True}, r"push_to_hub is not read .* hf upload OWNER/NAME OUTPUT_DIR/teacher"),
+        ({"hub_always_push": True}, r"hub_always_push is not read .* the teacher is uploaded once"),
+        ({"hub_strategy": "checkpoint"}, r"hub_strategy checkpoint is not supported, .*; use end\."),
     ],
 )
 def test_arguments_that_cannot_be_parsed(tmp_path, fields, message):

@@ -53,6 +53,30 @@ class Pushed:
     kept_card: bool
 
 
+def create_repository(repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """
+    Make sure that a repository exists and that the user may write to it.
+
+    Args:
+        repository: OWNER/NAME, or NAME for the user's own.
+        private: of a new repository; None is the account's default.
+        token: of the Hub; None takes the one of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        Its full name, OWNER/NAME.
+
+    Raises:
+        ValueError: `repository` is no name.
+        PushError: as in `push_folder`.
+    """
+    _check_name(repository)
+    api = HfApi(token=token)
+    if token is None and get_token() is None:
+        raise PushError(f"you are not logged in to {api.endpoint}; run `hf auth login`, or set HF_TOKEN.")
+    with _errors_in_one_line(api.endpoint, repository):
+        return api.create_repo(repository, private=private, exist_ok=True).repo_id
+
+
 def push_folder(
     folder: Path,
     repository: str,
@@ -87,13 +111,10 @@ def push_folder(
     _check_name(repository)
     card = _card(folder, repository, license)
     check_model_card(card)
-    api = HfApi(token=token)
-    if token is None and get_token() is None:
-        raise PushError(f"you are not logged in to {api.endpoint}; run `hf auth login`, or set HF_TOKEN.")
-
     paths, left_out = files_to_push(folder)
+    repository = create_repository(repository, private=private, token=token)
+    api = HfApi(token=token)
     with _errors_in_one_line(api.endpoint, repository):
-        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         kept_card = is_generated(card) and _has_edited_card(api, repository, revision)

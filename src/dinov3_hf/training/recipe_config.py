@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
 from dinov3_hf.errors import ArgumentError
@@ -85,7 +85,7 @@ UNUSED_FIELDS = {
     "load_best_model_at_end": "the result is the teacher of the last step; those of earlier ones are in checkpoint-N",
     "metric_for_best_model": "set save_total_limit and keep_every_steps",
     "greater_is_better": "set save_total_limit and keep_every_steps",
-    "push_to_hub": "upload the result: hf upload OWNER/NAME OUTPUT_DIR/teacher",
+    "hub_always_push": "the teacher is uploaded once, when the run has ended",
     "debug": "--debug shows the traceback of an error",
 }
 
@@ -101,9 +101,9 @@ class RecipeConfig(TrainingArguments):
     Inherited defaults that are changed: `learning_rate=None` (shorthand for the peak of `lr_schedule`),
     `max_steps=125000`, `max_grad_norm=3.0` (for each sub-module separately), `output_dir="runs/train"`,
     `logging_steps=10`, `logging_nan_inf_filter=False`, `report_to` (TensorBoard where it is installed),
-    `per_device_train_batch_size=None` (all of a rank's share), `gradient_checkpointing=False` (transformers 5.23 calls
-    it `activation_checkpointing`), `dataloader_drop_last=True`, `remove_unused_columns=False`,
-    `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`.
+    `hub_strategy="end"`, `per_device_train_batch_size=None` (all of a rank's share), `gradient_checkpointing=False`
+    (transformers 5.23 calls it `activation_checkpointing`), `dataloader_drop_last=True`,
+    `remove_unused_columns=False`, `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`.
 
     Inherited fields that the trainers do not read are refused when they are set: see `UNUSED_FIELDS`.
     """
@@ -190,6 +190,19 @@ class RecipeConfig(TrainingArguments):
         default_factory=default_report_to, metadata=orchestration("Where to log: tensorboard, wandb, ..., all, none.")
     )
 
+    push_to_hub: bool = field(
+        default=False,
+        metadata=orchestration(
+            "Upload the teacher to the Hub when the run has ended, into the repository hub_model_id."
+        ),
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata=orchestration("Repository, OWNER/NAME or NAME for your own; null is called like output_dir."),
+    )
+    hub_strategy: str = field(
+        default="end", metadata=orchestration("When to upload; only end: training states are not for publishing.")
+    )
     license: str | None = field(
         default=None,
         metadata=orchestration(
@@ -233,6 +246,8 @@ class RecipeConfig(TrainingArguments):
             "eval_steps",
             "eval_on_start",
             "run_name",
+            "hub_private_repo",
+            "hub_revision",
         ),
         EFFICIENCY: (
             "torch_compile",
@@ -258,7 +273,7 @@ class RecipeConfig(TrainingArguments):
             raise ValueError(f"output_dir {self.output_dir} is a file; name a folder, which need not exist.")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm {self.max_grad_norm} is negative; use 0 for none.")
-        license_fields(self.license)  # refuses one that the Hub does not know
+        self._check_publishing()
         self._parse_schedules()
         self._choose_arithmetic()
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -279,6 +294,13 @@ class RecipeConfig(TrainingArguments):
         for name, remedy in self.UNUSED_FIELDS.items():
             if name in defaults and self._given[name] != defaults[name]:
                 raise ArgumentError(f"{name} is not read by this trainer; {remedy}.")
+
+    def _check_publishing(self) -> None:
+        license_fields(self.license)  # refuses one that the Hub does not know
+        if self.hub_strategy != HubStrategy.END:
+            raise ArgumentError(
+                f"hub_strategy {self.hub_strategy} is not supported, training states are not for publishing; use end."
+            )
 
     def _check_saving(self) -> None:
         if self.save_strategy == SaveStrategy.BEST:

@@ -14,6 +14,7 @@ All overrides of the Trainer's internals are in this file:
     train                   looks for the checkpoint to go on from, and whether it belongs to this run
     _save_checkpoint        written beside, renamed when it is whole, older ones removed afterwards
     _save                   the training state's model, the arguments as YAML and the teacher as a model folder
+    init_hf_repo, push_to_hub   the teacher's repository, and its upload
 """
 
 import logging
@@ -38,6 +39,7 @@ from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.data.sources.base import Images, as_source
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
 from dinov3_hf.hub.model_card import keep_edited_card
+from dinov3_hf.hub.push import PushError, create_repository, push_folder
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
 from dinov3_hf.training.callbacks import (
     CollapseWarningCallback,
@@ -85,6 +87,7 @@ class SSLTrainer(Trainer):
     args: SSLConfig
     train_dataset: SSLDataset
     optimizer: Optimizer | None
+    hub_model_id: str | None  # type: ignore[assignment]  # the full name, once the repository exists
     lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # the Trainer says LambdaLR and takes any
 
     def __init__(
@@ -397,6 +400,79 @@ class SSLTrainer(Trainer):
         with replacing_folder(folder) as staged:
             keep_edited_card(folder, staged)
             self._write_teacher(staged)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Create the repository `hub_model_id`, so that a run which cannot be published says so before it begins.
+
+        Raises:
+            PushError: the Hub cannot be reached, does not know the user, or refuses.
+        """
+        if self.is_world_process_zero():
+            args = self.args
+            self.hub_model_id = create_repository(
+                args.hub_model_id or Path(args.output_dir or ".").resolve().name,
+                private=args.hub_private_repo if private is None else private,
+                token=token or args.hub_token,
+            )
+            self.push_in_progress = None  # the Trainer waits for it
+
+    def push_to_hub(  # type: ignore[override]  # the address, as in earlier versions of the Trainer
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> str | None:
+        """
+        Write the teacher to `output_dir`/teacher and upload it: the model, not the training state.
+
+        Args:
+            commit_message: of the commit.
+            blocking: only True; the weights in the folder must not change during the upload.
+            token: of the Hub; None takes `hub_token`, or the one of `hf auth login`.
+            revision: the branch; None takes `hub_revision`, or main.
+            private: of a new repository; None takes `hub_private_repo`.
+            card: not used; the card says what is known of the run.
+
+        Returns:
+            Address of the repository; None on all ranks but the first.
+
+        Raises:
+            PushError: the upload failed. The teacher is in its folder; the message has the command that repeats it.
+        """
+        if not self.is_world_process_zero():
+            return None
+        teacher = Path(self.args.output_dir or ".") / "teacher"
+        self.save_teacher(teacher)
+        return self.push_teacher(teacher, commit_message, token, revision, private)
+
+    def push_teacher(
+        self,
+        teacher: Path,
+        message: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str:
+        """What `push_to_hub` does, with a teacher that has been saved already."""
+        args = self.args
+        repository = self.hub_model_id or args.hub_model_id or Path(args.output_dir or ".").resolve().name
+        try:
+            pushed = push_folder(
+                teacher,
+                repository,
+                private=args.hub_private_repo if private is None else private,
+                revision=revision or args.hub_revision,
+                message=message,
+                token=token or args.hub_token,
+            )
+        except PushError as error:
+            branch = f" --revision {args.hub_revision}" if args.hub_revision else ""
+            raise PushError(f"{error} The command is: dinov3-hf push {teacher} {repository}{branch}") from error
+        return pushed.url
 
     def _write_teacher(self, folder: Path) -> None:
         save_teacher_folder(self.model.teacher, self.args, folder)

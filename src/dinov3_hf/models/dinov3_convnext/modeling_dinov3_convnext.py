@@ -24,6 +24,7 @@ from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
     DINOv3ConvNextConfig,
     DINOv3ConvNextNativeConfig,
 )
+from dinov3_hf.models.publishing import PublishingMixin
 from dinov3_hf.models.remote_code import RemoteCodeMixin
 
 
@@ -94,7 +95,7 @@ class DINOv3ConvNextStage(nn.Module):
         return features
 
 
-class DINOv3ConvNextPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
+class DINOv3ConvNextPreTrainedModel(PublishingMixin, RemoteCodeMixin, PreTrainedModel):
     """Initialisation, and files with the names that the class of transformers writes."""
 
     config_class = DINOv3ConvNextConfig

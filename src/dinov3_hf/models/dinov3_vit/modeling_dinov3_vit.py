@@ -40,6 +40,7 @@ from dinov3_hf.models.dinov3_vit.layers import (
     unpack,
 )
 from dinov3_hf.models.dinov3_vit.rope import RopeDraws, RopeParameters, rotation_tables
+from dinov3_hf.models.publishing import PublishingMixin
 from dinov3_hf.models.remote_code import RemoteCodeMixin
 
 logger = logging.get_logger(__name__)
@@ -71,7 +72,7 @@ class EncodedCrops:
     attentions: list[list[Tensor | None]] = field(default_factory=list)  # [block][group] (B, A, N, N)
 
 
-class DINOv3ViTPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
+class DINOv3ViTPreTrainedModel(PublishingMixin, RemoteCodeMixin, PreTrainedModel):
     """Initialisation, and files: what the class of transformers knows, plus `extras.safetensors`."""
 
     config_class = DINOv3ViTConfig
