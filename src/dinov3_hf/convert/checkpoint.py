@@ -15,7 +15,7 @@ from dinov3_hf.convert.image_statistics import ImageStatistics
 from dinov3_hf.convert.lazy_tensor import LazyTensor, main_dtype
 from dinov3_hf.convert.safetensors_file import read_safetensors
 from dinov3_hf.convert.torch_file import read_torch_file
-from dinov3_hf.convert.training_checkpoint import BRANCHES, Branch, flatten, take_apart
+from dinov3_hf.convert.training_checkpoint import BRANCHES, Branch, take_apart
 from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
@@ -179,10 +179,7 @@ def _read_file(source: Path) -> dict[str, LazyTensor | None]:
         )
     if source.suffix == ".safetensors":
         return dict(read_safetensors(source))
-    content = read_torch_file(source)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{source} holds a {type(content).__name__}, not tensors by name; save a state dict.")
-    return dict(flatten(content))
+    return read_torch_file(source)
 
 
 def _from_state_dict(

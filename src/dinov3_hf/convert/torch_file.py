@@ -4,16 +4,21 @@ A file is a zip archive, uncompressed: `data.pkl` with everything but the number
 """
 
 import io
+import mmap
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov3_hf.convert.lazy_tensor import LazyTensor, raw_bytes
 
@@ -30,25 +35,27 @@ _STORAGES: dict[torch.dtype, Any] = {
 }
 _ALIGNMENT = 64  # bytes, of a storage in the file; as torch.save does, for readers that map it
 _CHUNK = 1 << 22  # bytes
+_HEADER_SIZE = 30  # bytes before the name of a record in a zip archive
+_LENGTHS_IN_HEADER = 26  # where the header says how long the name and what follows it are
 
 
-def read_torch_file(path: Path) -> object:
+def read_torch_file(path: Path) -> dict[str, LazyTensor | None]:
     """
-    What `torch.save` wrote, its tensors mapped from the file. Code in the file is refused, never run.
+    The tensors that `torch.save` wrote. Code in the file is refused, never run.
+
+    Returns:
+        Entries of the nested dictionaries in the file under dotted names; `None` for what is no plain tensor.
 
     Raises:
         ValueError: The file is damaged, holds code, or was not written by `torch.save`.
     """
     try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _check_archive(path)
         # Before zip archives torch wrote formats that cannot be mapped; these are read whole.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = _read_archive(path) if zipfile.is_zipfile(path) else dict(_flatten(_load(path), LazyTensor.of))
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden is None:
-            raise ValueError(f"{path} is damaged, or is no file of torch.save; download or copy it again.") from error
+            raise ValueError(f"{path} is damaged, or is no file of torch.save; copy it again.") from error
         raise ValueError(
             f"{path} holds more than tensors ({forbidden[1]}), and opening it could run code; nothing of it was run. "
             "If you trust it, save its tensors alone with torch and convert that file."
@@ -58,17 +65,71 @@ def read_torch_file(path: Path) -> object:
     except Exception as error:  # what torch and pickle raise for damaged files is of many types
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise ValueError(f"{path} is damaged, or is no file of torch.save ({reason}); copy it again.") from error
+    if "" in content:
+        raise ValueError(f"{path} holds one object and no tensors by name; save a state dict.")
+    return content
 
 
-def _check_archive(path: Path) -> None:
-    """Compare every record with its checksum: mapped memory would be taken as it is."""
-    with zipfile.ZipFile(path) as archive:
+def _load(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_archive(path: Path) -> dict[str, LazyTensor | None]:
+    records = _checked_records(path)
+    # Fake tensors have a place in the file and no values. Letting torch map the file fails where it is larger than the
+    # memory, because torch maps it for writing.
+    with FakeTensorMode():
+        content = _load(path)
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        memory = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+
+    def mapped(tensor: Tensor) -> LazyTensor:
+        storage: Any = tensor.untyped_storage()
+        start, size = storage._checkpoint_offset, storage.nbytes()
+        if records.get(start) != size:
+            raise ValueError("a tensor lies outside of the records")
+        shape, dtype, strides, first = tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset()
+        last = first + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+        if 0 not in shape and not 0 <= first <= last < size // dtype.itemsize:
+            raise ValueError("a tensor lies outside of its record")
+        values = memory[start : start + size]
+
+        def read() -> Tensor:
+            typed = values.view(dtype)
+            return typed.as_strided(shape, strides, typed.storage_offset() + first)
+
+        return LazyTensor(shape, dtype, read)
+
+    return dict(_flatten(content, mapped))
+
+
+def _checked_records(path: Path) -> dict[int, int]:
+    """Where the bytes of each record begin -> how many they are. Their checksums are compared: nobody else does."""
+    records = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{record.filename} is compressed")
             with archive.open(record) as file:
                 while file.read(_CHUNK):
                     pass  # raises BadZipFile at the end of a record that is not what was written
+            raw.seek(record.header_offset + _LENGTHS_IN_HEADER)
+            name_length, extra_length = struct.unpack("<HH", raw.read(4))
+            records[record.header_offset + _HEADER_SIZE + name_length + extra_length] = record.file_size
+    return records
+
+
+def _flatten(
+    content: object, lazy: Callable[[Tensor], LazyTensor], prefix: str = ""
+) -> Iterator[tuple[str, LazyTensor | None]]:
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flatten(value, lazy, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(content, Tensor) and content.layout == torch.strided and content.dtype in _STORAGES:
+        yield prefix, lazy(content.detach())
+    else:
+        yield prefix, None
 
 
 @dataclass(frozen=True)
@@ -129,7 +190,7 @@ def write_torch_file(content: Mapping[str, Any], path: Path) -> None:
             record = zipfile.ZipInfo(f"{folder}/data/{key}")
             record.file_size = tensor.num_bytes
             zip64 = tensor.num_bytes > zipfile.ZIP64_LIMIT
-            start = archive.fp.tell() + 30 + len(record.filename) + (20 if zip64 else 0)  # type: ignore[union-attr]
+            start = archive.fp.tell() + _HEADER_SIZE + len(record.filename) + (20 if zip64 else 0)  # type: ignore[union-attr]
             padding = -(start + 4) % _ALIGNMENT
             record.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
             with archive.open(record, "w", force_zip64=zip64) as file:

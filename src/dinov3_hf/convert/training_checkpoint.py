@@ -1,10 +1,8 @@
 """What stands around a backbone in a file: branches (teacher, student, ...), wrappers, heads, and all the rest."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from dinov3_hf.convert.lazy_tensor import LazyTensor
 
@@ -65,16 +63,6 @@ def take_apart(content: Mapping[str, LazyTensor | None]) -> TrainingCheckpoint:
                 raise ValueError(f"{full_name} and another entry are both {key} of the {branch_name}; remove one.")
             tensors[key] = tensor
     return checkpoint
-
-
-def flatten(content: object, prefix: str = "") -> Iterator[tuple[str, LazyTensor | None]]:
-    """Entries of nested dictionaries under dotted names."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        is_strided = isinstance(content, Tensor) and not content.is_sparse and not content.is_quantized
-        yield prefix, LazyTensor.of(content) if is_strided else None  # type: ignore[arg-type]
 
 
 def _branch_of(name: str) -> tuple[str, str]:
