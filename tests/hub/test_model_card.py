@@ -6,11 +6,14 @@ import re
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
+from dinov3_hf.convert.checkpoint import read_checkpoint
+from dinov3_hf.convert.writing import write_checkpoint
 from dinov3_hf.hub.card_validation import check_model_card
 from dinov3_hf.hub.model_card import (
     DINOV3_LICENSE,
     is_generated,
     keep_edited_card,
+    license_of,
     table,
     with_license,
     write_model_card,
@@ -104,6 +107,30 @@ def test_derived_weights_keep_the_licence_of_the_released_ones(tmp_path):
     data = ModelCard(card_of(tmp_path / "m", license=DINOV3_LICENSE)).data
     assert (data["license"], data["license_name"]) == ("other", "dinov3-license")
     assert data["license_link"].startswith("https://ai.meta.com/")
+
+
+@pytest.mark.parametrize(
+    ("name", "license"),
+    [
+        ("dinov3_vits16_pretrain_lvd1689m-08c60483.pth", DINOV3_LICENSE),
+        ("dinov3-vitl16-pretrain-sat493m", DINOV3_LICENSE),
+        ("vit_small_patch16_dinov3.lvd1689m", DINOV3_LICENSE),
+        ("teacher_checkpoint.pth", None),
+        ("dinov3_mine.pth", None),
+    ],
+)
+def test_released_weights_are_known_by_name(name, license):
+    assert license_of(name) == license
+
+
+def test_the_card_of_a_conversion(tmp_path):
+    save_tiny_vit(tmp_path / "dinov3-tiny-pretrain-lvd1689m")
+    write_checkpoint(read_checkpoint(tmp_path / "dinov3-tiny-pretrain-lvd1689m"), tmp_path / "copy", "hf")
+    text = (tmp_path / "copy" / "README.md").read_text()
+    check_model_card(text)
+    assert is_generated(text)
+    assert ModelCard(text).data["license_name"] == "dinov3-license"
+    assert "\n# copy\n" in text and "Converted from dinov3-tiny-pretrain-lvd1689m (hf)." in text
 
 
 def test_unknown_licences_are_refused_before_anything_is_written(tmp_path):

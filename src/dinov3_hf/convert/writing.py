@@ -18,7 +18,7 @@ from dinov3_hf.convert.safetensors_file import write_safetensors
 from dinov3_hf.convert.staging import refuse_existing, writing
 from dinov3_hf.convert.torch_file import write_torch_file
 from dinov3_hf.errors import ArgumentError
-from dinov3_hf.hub.model_card import write_model_card
+from dinov3_hf.hub.model_card import license_of, write_model_card
 
 HUB = "hf"
 TORCH_SUFFIXES = (".pth", ".pt")
@@ -87,7 +87,12 @@ def write_checkpoint(
         if file_format is None:
             heads, extras = checked(checkpoint.heads), checked(checkpoint.extras)
             write_hub_folder(staged, checkpoint.config, tensors, extras, heads, checkpoint.statistics, max_shard_size)
-            write_model_card(staged, provenance=f"Converted from {checkpoint.source.name} ({checkpoint.format}).")
+            write_model_card(
+                staged,
+                title=target.name,
+                license=license_of(checkpoint.source.name),
+                provenance=f"Converted from {checkpoint.source.name} ({checkpoint.format}).",
+            )
         elif file_format.config_to_json is None:
             write_torch_file(_native_content(tensors, checked(checkpoint.heads)), staged)
         else:

@@ -22,6 +22,7 @@ CARD = "README.md"
 # The licence of the released weights, and of what is derived from them; the Hub has no identifier for it.
 DINOV3_LICENSE = "dinov3-license"
 _DINOV3_LICENSE_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+_RELEASED = re.compile(r"dinov3.*(lvd1689m|sat493m)")
 # Files that a model folder may have besides what transformers reads.
 _BESIDE = {
     "heads.safetensors": "the DINO and iBOT heads, from which a continued training starts",
@@ -203,6 +204,14 @@ def with_license(text: str, license: str) -> str:
     metadata = {name: value for name, value in read_metadata(text).items() if not name.startswith("license")}
     body = ModelCard(text).text
     return _signed(_front_matter(license_fields(license) | metadata) + _SIGNATURE.sub("", body))
+
+
+def license_of(name: str) -> str | None:
+    """
+    The licence of weights by the name of their file or folder: known of the released ones, which say "dinov3" and the
+    data that they were trained on, as in "dinov3_vits16_pretrain_lvd1689m-08c60483.pth".
+    """
+    return DINOV3_LICENSE if _RELEASED.search(name) else None
 
 
 def license_fields(license: str | None) -> dict[str, Any]:
