@@ -16,6 +16,16 @@ from transformers import (
 
 import dinov3_hf
 from dinov3_hf.auto import _register_configuration
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextNativeConfig,
+)
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import (
+    DINOv3ConvNextBackbone,
+    DINOv3ConvNextModel,
+    DINOv3ConvNextNativeBackbone,
+    DINOv3ConvNextNativeModel,
+)
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
@@ -25,6 +35,7 @@ from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import (
     DINOv3ViTNativeBackbone,
     DINOv3ViTNativeModel,
 )
+from tests.models.dinov3_convnext.tiny import TINY as CONVNEXT
 from tests.models.dinov3_vit.tiny import TINY, images, tiny_model
 from tests.testing_utils import run_python
 
@@ -89,6 +100,10 @@ def test_import_loads_models_and_nothing_else():
     [
         (AutoModel, DINOv3ViTConfig(**TINY), DINOv3ViTModel),
         (AutoBackbone, DINOv3ViTConfig(**TINY), DINOv3ViTBackbone),
+        (AutoModel, DINOv3ConvNextConfig(**CONVNEXT), DINOv3ConvNextModel),
+        (AutoBackbone, DINOv3ConvNextConfig(**CONVNEXT), DINOv3ConvNextBackbone),
+        (AutoModel, DINOv3ConvNextNativeConfig(**CONVNEXT, patch_size=16), DINOv3ConvNextNativeModel),
+        (AutoBackbone, DINOv3ConvNextNativeConfig(**CONVNEXT, patch_size=16), DINOv3ConvNextNativeBackbone),
         (AutoModel, DINOv3ViTNativeConfig(**TINY, norm_type="rmsnorm"), DINOv3ViTNativeModel),
         (AutoBackbone, DINOv3ViTNativeConfig(**TINY, norm_type="rmsnorm"), DINOv3ViTNativeBackbone),
         (
@@ -106,6 +121,7 @@ def test_our_configurations_build_our_models(auto_class, config, expected):
 
 def test_our_model_types_are_known():
     assert type(AutoConfig.for_model("dinov3_vit_native")) is DINOv3ViTNativeConfig
+    assert type(AutoConfig.for_model("dinov3_convnext_native")) is DINOv3ConvNextNativeConfig
     assert type(AutoConfig.for_model("dinov3_pretraining")) is DINOv3PreTrainingConfig
 
 
@@ -114,6 +130,10 @@ def test_entries_of_stock_are_untouched():
     assert type(config) is transformers.DINOv3ViTConfig
     assert type(AutoModel.from_config(config)) is transformers.DINOv3ViTModel
     assert type(AutoBackbone.from_config(config)) is transformers.DINOv3ViTBackbone
+    config = AutoConfig.for_model("dinov3_convnext", **CONVNEXT)
+    assert type(config) is transformers.DINOv3ConvNextConfig
+    assert type(AutoModel.from_config(config)) is transformers.DINOv3ConvNextModel
+    assert type(AutoBackbone.from_config(config)) is transformers.DINOv3ConvNextBackbone
 
 
 def test_folders_open_with_the_class_of_their_type(tmp_path):
