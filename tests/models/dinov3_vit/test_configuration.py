@@ -84,6 +84,10 @@ BAD_FIELDS = {
     "coords": ({"rope_normalize_coords": "mean"}, "rope_normalize_coords 'mean' is not known"),
     "rope_dtype": ({"rope_dtype": "bf16"}, "rope_dtype 'bf16' is not known; use one of float32, bfloat16"),
     "jitter": ({"pos_embed_jitter": 0.5}, r"pos_embed_jitter 0.5 is below 1, .* from \[1/x, x\]; use 2"),
+    "cls in maps": (
+        {"class_token_in_feature_maps": True},
+        "finds no place in maps .*; set reshape_hidden_states=False",
+    ),
     "rescale": ({"pos_embed_rescale": 0.8}, "pos_embed_rescale 0.8 is below 1, .* use 1.25"),
 }
 

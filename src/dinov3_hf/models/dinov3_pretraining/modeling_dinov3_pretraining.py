@@ -96,7 +96,6 @@ class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
     main_input_name = "global_crops"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DINOv3ViTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -107,6 +106,7 @@ class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
         self.student = SSLNetwork(config)
         self.teacher = SSLNetwork(config)
         self.teacher.requires_grad_(False)
+        self._no_split_modules = list(self.student.backbone._no_split_modules)
         self.post_init()
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.eval()  # train() may come after the first targets

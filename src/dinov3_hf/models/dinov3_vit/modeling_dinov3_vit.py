@@ -166,6 +166,9 @@ class DINOv3ViTPreTrainedModel(PublishingMixin, RemoteCodeMixin, PreTrainedModel
                 "set untie_global_and_local_cls_norm=False to train without it."
             )
             return
+        if self.local_cls_norm.weight.is_meta:
+            # The device map has put it on disk, or on the CPU to be fetched; it is small, and stays in memory instead.
+            self.local_cls_norm = build_norm(self.config).to(self.dtype)
         self.load_state_dict(load_file(path), strict=False)
 
 
