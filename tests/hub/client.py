@@ -39,27 +39,31 @@ class Client:
     process: subprocess.Popen[str]
     log: Path
 
-    def push(self, *arguments: str | Path, **env: str) -> tuple[int, str, str]:
-        """Exit status, output and error output of `dinov3-hf push ARGUMENTS`."""
-        return self.wait(self.start(*arguments, **env))
+    def push(self, *arguments: str | Path, folder: Path | None = None, **env: str) -> tuple[int, str, str]:
+        """Exit status, output and error output of `dinov3-hf push ARGUMENTS`, run in `folder`."""
+        return self.wait(self.start(*arguments, folder=folder, **env))
 
-    def start(self, *arguments: str | Path, **env: str) -> int:
+    def start(self, *arguments: str | Path, folder: Path | None = None, **env: str) -> int:
         """Pid of `dinov3-hf push ARGUMENTS`."""
-        return self._ask({"arguments": ["push", *map(str, arguments)], "log": str(self.log), "env": TOKEN | env})
+        return self._start(folder, env, arguments=["push", *map(str, arguments)])
 
-    def run(self, program: str) -> tuple[int, str, str]:
+    def run(self, program: str, folder: Path | None = None) -> tuple[int, str, str]:
         """Exit status, output and error output of a Python program."""
-        return self.wait(self._ask({"program": program, "log": str(self.log), "env": TOKEN}))
+        return self.wait(self._start(folder, {}, program=program))
 
-    def python(self, program: str) -> str:
+    def python(self, program: str, folder: Path | None = None) -> str:
         """What a program prints that succeeds."""
-        status, printed, error = self.run(program)
+        status, printed, error = self.run(program, folder)
         assert status == 0, error
         return printed
 
     def wait(self, pid: int) -> tuple[int, str, str]:
         status = self._ask({"wait": pid})
         return status, *(self.log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+
+    def _start(self, folder: Path | None, env: dict[str, str], **what: Any) -> int:
+        where = None if folder is None else str(folder)
+        return self._ask({"log": str(self.log), "env": TOKEN | env, "folder": where, **what})
 
     def _ask(self, request: dict[str, Any]) -> int:
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -3,9 +3,9 @@
 `huggingface_hub` reads `HF_ENDPOINT` when it is imported, so this process is started with it. Reads one JSON line a
 request, and answers with one line:
 
-    {"arguments": [...], "log": file, "env": {...}}    pid of `dinov3-hf ARGUMENTS`
-    {"program": source, "log": file, "env": {...}}     pid of a Python program
-    {"wait": pid}                                      its exit status, negative for a signal
+    {"arguments": [...], "log": file, "env": {...}, "folder": where or null}   pid of `dinov3-hf ARGUMENTS`
+    {"program": source, ... the same}                                          pid of a Python program
+    {"wait": pid}                                                              its exit status, negative for a signal
 """
 
 import json
@@ -38,10 +38,14 @@ def main() -> None:
         sys.stdout.flush()
 
 
-def run_in_child(log: str, env: dict[str, str], arguments: list[str] | None = None, program: str = "") -> None:
+def run_in_child(
+    log: str, env: dict[str, str], folder: str | None, arguments: list[str] | None = None, program: str = ""
+) -> None:
     for stream, name in ((1, log + ".out"), (2, log + ".err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(env)
+    if folder is not None:
+        os.chdir(folder)
     status = 0
     try:
         if arguments is None:

@@ -134,6 +134,7 @@ class Refused(Exception):
 class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one packet: a client acknowledges the second of two 40 ms late
 
     def do_GET(self) -> None:
         self.handle_one()
