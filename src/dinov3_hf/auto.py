@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForPreTraining,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
@@ -37,12 +38,13 @@ from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import (
 )
 
 # Backbones: configuration, model and backbone classes of a model type of ours.
-NATIVE_BACKBONES = (
+BackboneClasses = tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
+NATIVE_BACKBONES: tuple[BackboneClasses, ...] = (
     (DINOv3ViTNativeConfig, DINOv3ViTNativeModel, DINOv3ViTNativeBackbone),
     (DINOv3ConvNextNativeConfig, DINOv3ConvNextNativeModel, DINOv3ConvNextNativeBackbone),
 )
 # The same under a model type that transformers has too.
-STOCK_BACKBONES = (
+STOCK_BACKBONES: tuple[BackboneClasses, ...] = (
     (DINOv3ViTConfig, DINOv3ViTModel, DINOv3ViTBackbone),
     (DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ConvNextBackbone),
 )

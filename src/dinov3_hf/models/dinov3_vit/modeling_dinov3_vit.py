@@ -156,21 +156,6 @@ class DINOv3ViTPreTrainedModel(PublishingMixin, RemoteCodeMixin, PreTrainedModel
             model.set_num_channels(num_channels)
         return loaded
 
-    def _load_extras(self, source: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
-        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        where = {name: kwargs[name] for name in names if name in kwargs}
-        path = cached_file(source, EXTRAS_NAME, _raise_exceptions_for_missing_entries=False, **where)
-        if path is None:
-            logger.warning(
-                f"{source} has no {EXTRAS_NAME}: local_cls_norm is newly initialised. It acts in training only; "
-                "set untie_global_and_local_cls_norm=False to train without it."
-            )
-            return
-        if self.local_cls_norm.weight.is_meta:
-            # The device map has put it on disk, or on the CPU to be fetched; it is small, and stays in memory instead.
-            self.local_cls_norm = build_norm(self.config).to(self.dtype)
-        self.load_state_dict(load_file(path), strict=False)
-
 
 class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
     """Embeddings, blocks and final norms; the models below differ in what they return."""
@@ -259,6 +244,21 @@ class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
             prefix, patches = tokens.tensor_split([self.config.num_prefix_tokens], dim=1)
             normalized.append(torch.cat((prefix_norm(prefix), self.norm(patches)), dim=1))  # (B, N, D)
         return normalized
+
+    def _load_extras(self, source: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        where = {name: kwargs[name] for name in names if name in kwargs}
+        path = cached_file(source, EXTRAS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+        if path is None:
+            logger.warning(
+                f"{source} has no {EXTRAS_NAME}: local_cls_norm is newly initialised. It acts in training only; "
+                "set untie_global_and_local_cls_norm=False to train without it."
+            )
+            return
+        if self.local_cls_norm.weight.is_meta:
+            # The device map has put it on disk, or on the CPU to be fetched; it is small, and stays in memory instead.
+            self.local_cls_norm = build_norm(self.config).to(self.dtype)
+        self.load_state_dict(load_file(path), strict=False)
 
     def _embed(self, pixel_values: Tensor, mask: Tensor | None) -> Tensor:
         channels, patch_size = self.config.num_channels, self.config.patch_size
