@@ -156,6 +156,7 @@ def exit_on_termination() -> Iterator[None]:
     """Inside, SIGTERM raises `SystemExit`, so that what is half written is removed."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        print("terminated", file=sys.stderr)
         sys.exit(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, end)

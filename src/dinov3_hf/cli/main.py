@@ -69,6 +69,8 @@ def parse_and_run(argv: list[str]) -> None:
         status = app(arguments, prog_name="dinov3-hf", standalone_mode=False)
     except typer.TyperException as error:
         raise errors.ArgumentError(f"{error.format_message()} (usage: {help_page(app, arguments)})") from error
+    if status == 130:  # what typer makes of an interrupt; `errors.run` says what happened
+        raise KeyboardInterrupt
     if isinstance(status, int):
         sys.exit(status)
 

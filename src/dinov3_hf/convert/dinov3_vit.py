@@ -290,6 +290,8 @@ def _drop_masked_key_bias(
     key_name = name.replace(".qkv.bias_mask", ".k.bias")
     key_bias, mask = split.pop(key_name), split[name].read()
     expected = _bias_mask(config, key_bias.dtype)
+    if mask.shape != expected.shape:
+        raise ValueError(f"{name} has {mask.numel()} values instead of {len(expected)}; check the architecture.")
     if not torch.equal(mask.to(expected.dtype), expected):
         raise ValueError(
             f"{name} is not ones, zeros and ones for queries, keys and values; NaN there means weights that were "

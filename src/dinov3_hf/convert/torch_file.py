@@ -53,7 +53,7 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor | None]:
         # Before zip archives torch wrote formats that cannot be mapped; these are read whole.
         content = _read_archive(path) if zipfile.is_zipfile(path) else dict(_flatten(_load(path), LazyTensor.of))
     except pickle.UnpicklingError as error:
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        forbidden = re.search(r"GLOBAL (\w[\w.]*\.\w+)", str(error))
         if forbidden is None:
             raise ValueError(f"{path} is damaged, or is no file of torch.save; copy it again.") from error
         raise ValueError(
@@ -71,7 +71,8 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor | None]:
 
 
 def _load(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # about pickles that then turn out to be damaged
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_archive(path: Path) -> dict[str, LazyTensor | None]:
@@ -88,7 +89,7 @@ def _read_archive(path: Path) -> dict[str, LazyTensor | None]:
         storage: Any = tensor.untyped_storage()
         start, size = storage._checkpoint_offset, storage.nbytes()
         if records.get(start) != size:
-            raise ValueError("a tensor lies outside of the records")
+            raise _DisplacedError
         shape, dtype, strides, first = tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset()
         last = first + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         if 0 not in shape and not 0 <= first <= last < size // dtype.itemsize:
@@ -101,7 +102,11 @@ def _read_archive(path: Path) -> dict[str, LazyTensor | None]:
 
         return LazyTensor(shape, dtype, read)
 
-    return dict(_flatten(content, mapped))
+    try:
+        return dict(_flatten(content, mapped))
+    except _DisplacedError:
+        # Their places are computed, for archives that torch itself has laid out. Others are read whole.
+        return dict(_flatten(_load(path), LazyTensor.of))
 
 
 def _checked_records(path: Path) -> dict[int, int]:
@@ -130,6 +135,10 @@ def _flatten(
         yield prefix, lazy(content.detach())
     else:
         yield prefix, None
+
+
+class _DisplacedError(Exception):
+    """A tensor is not at the place where torch expects it."""
 
 
 @dataclass(frozen=True)
