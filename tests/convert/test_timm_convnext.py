@@ -125,9 +125,13 @@ def test_folders_and_files_that_are_no_dinov3_are_refused(tmp_path):
         TIMM_CONVNEXT.config_from_json({"architecture": "convnextv2_tiny"}, tensors)
     with pytest.raises(ValueError, match="have conv_mlp = True"):
         TIMM_CONVNEXT.config_from_json({**fields, "model_args": {"conv_mlp": True}}, tensors)
+    with pytest.raises(ValueError, match="ls_init_value = 'b'; it is a positive number"):
+        TIMM_CONVNEXT.config_from_json({**fields, "model_args": {"ls_init_value": "b"}}, tensors)
     incomplete = {name: tensor for name, tensor in tensors.items() if not name.startswith("stages.2.")}
     with pytest.raises(ValueError, match=r"has no stages\.2\.blocks"):
         TIMM_CONVNEXT.read_config(incomplete)
+    with pytest.raises(ValueError, match="a convolution has 4 axes"):
+        TIMM_CONVNEXT.read_config({**tensors, "stem.0.weight": LazyTensor.of(torch.tensor(1.0))})
     with pytest.raises(ValueError, match=r"grn\.weight is not a parameter"):
         TIMM_CONVNEXT.to_hf({"stages.0.blocks.0.mlp.grn.weight": tensors["stem.0.bias"]}, DINOv3ConvNextConfig())
 

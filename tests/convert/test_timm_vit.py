@@ -248,14 +248,43 @@ def test_folders_and_files_that_are_no_dinov3_are_refused(tmp_path):
         TIMM_VIT.read_config(tensors)
     with pytest.raises(ValueError, match="'vit_small_patch16_lingbot' is not one of"):
         TIMM_VIT.config_from_json({**fields, "architecture": "vit_small_patch16_lingbot"}, tensors)
+    for architecture in (None, 3, "convnext_tiny"):
+        with pytest.raises(ValueError, match="is not one of the DINOv3 models vit_small_patch16_dinov3, "):
+            TIMM_VIT.config_from_json({**fields, "architecture": architecture}, tensors)
     with pytest.raises(ValueError, match=r"have rope_grid_offset = 0\.5"):
         TIMM_VIT.config_from_json({**fields, "model_args": {"rope_grid_offset": 0.5}}, tensors)
+    for args, message in (
+        (["depth"], "are no arguments by name"),
+        ({"num_heads": "three"}, "num_attention_heads 'three' is not an integer"),
+        ({"num_heads": 3, "rope_temperature": "hot"}, "rope_temperature = 'hot'; it is a positive number"),
+        ({"num_heads": 3, "init_values": True}, "init_values = True; it is a positive number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TIMM_VIT.config_from_json({**fields, "model_args": args}, tensors)
     incomplete = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
     with pytest.raises(ValueError, match="has no cls_token"):
         TIMM_VIT.config_from_json(fields, incomplete)
     config = TIMM_VIT.config_from_json(fields, tensors)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.gate is not a parameter"):
         TIMM_VIT.to_hf({**tensors, "blocks.0.attn.gate": tensors["cls_token"]}, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"input_size": [3, 256, 256]}, 256),
+        ({"input_size": [3, 256, 128]}, [256, 128]),
+        ({"input_size": [3]}, 224),
+        ({"input_size": "large"}, 224),
+        (None, 224),
+    ],
+)
+def test_the_image_size_is_read_where_there_is_one(tmp_path, settings, expected):
+    fields, tensors = save_timm(build_timm("vit_small_patch16_dinov3", **TINY), tmp_path)
+    config = TIMM_VIT.config_from_json({**fields, "pretrained_cfg": settings}, tensors)
+    assert config.image_size == expected
+    written = TIMM_VIT.config_to_json(config, tensors, *IMAGE_STATISTICS)
+    assert written["pretrained_cfg"]["input_size"][1:] == (expected if expected == [256, 128] else [expected] * 2)
 
 
 def test_formats_are_told_apart_by_names(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dinov3_hf.convert.file_format import Converted, FileFormat, Tensors
 from dinov3_hf.convert.key_map import KeyMap
-from dinov3_hf.convert.timm_folder import config_fields, image_size_of, model_args_of
+from dinov3_hf.convert.timm_folder import architecture_of, config_fields, image_size_of, model_args_of, number_of
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
     NATIVE_MODEL_TYPE,
     STOCK_MODEL_TYPE,
@@ -51,7 +51,7 @@ def read_config(timm: Tensors) -> DINOv3ConvNextConfig:
     Raises:
         ValueError: The file is not whole.
     """
-    return config_from_json({}, timm)
+    return _config(timm, {}, 224)
 
 
 def config_from_json(fields: Mapping[str, Any], timm: Tensors) -> DINOv3ConvNextConfig:
@@ -59,29 +59,15 @@ def config_from_json(fields: Mapping[str, Any], timm: Tensors) -> DINOv3ConvNext
     The configuration of a folder of timm.
 
     Args:
-        fields: timm's `config.json`; `{}` for a bare file.
+        fields: timm's `config.json`.
         timm: The tensors.
 
     Raises:
         ValueError: The architecture is not of this family, has an argument that our network has no counterpart of, or
             the tensors are not whole.
     """
-    if "architecture" in fields and fields["architecture"] not in PRESETS:
-        raise ValueError(f"timm's {fields['architecture']!r} is not one of the DINOv3 ConvNeXts {', '.join(PRESETS)}.")
-    args = model_args_of(fields, _MODEL_ARGS_READ)
-    first_blocks = [f"stages.{stage}.blocks.0.conv_dw.weight" for stage in range(_NUM_STAGES)]
-    missing = [name for name in ("stem.0.weight", *first_blocks) if name not in timm]
-    if missing:
-        raise ValueError(f"the checkpoint has no {missing[0]}; check that it holds a whole ConvNeXt.")
-    stages = [name.split(".")[1] for name in timm if name.endswith(".conv_dw.weight")]
-    return DINOv3ConvNextConfig(
-        num_channels=timm["stem.0.weight"].shape[1],
-        hidden_sizes=[timm[name].shape[0] for name in first_blocks],
-        depths=[stages.count(str(stage)) for stage in range(_NUM_STAGES)],
-        image_size=image_size_of(fields),
-        # Trained values do not tell where they began; None is a network without LayerScale.
-        layer_scale_init_value=args.get("ls_init_value", 1e-6) if "stages.0.blocks.0.gamma" in timm else None,
-    )
+    architecture_of(fields, PRESETS)
+    return _config(timm, model_args_of(fields, _MODEL_ARGS_READ), image_size_of(fields))
 
 
 def config_to_json(
@@ -143,6 +129,26 @@ def architecture(config: DINOv3ConvNextConfig) -> str | None:
     """timm's name of a released size: `convnext_tiny`."""
     sizes = {"hidden_sizes": config.hidden_sizes, "depths": config.depths}
     return next((name for name, fields in PRESETS.items() if fields == sizes), None)
+
+
+def _config(timm: Tensors, args: Mapping[str, Any], image_size: int | list[int]) -> DINOv3ConvNextConfig:
+    first_blocks = [f"stages.{stage}.blocks.0.conv_dw.weight" for stage in range(_NUM_STAGES)]
+    missing = [name for name in ("stem.0.weight", *first_blocks) if name not in timm]
+    if missing:
+        raise ValueError(f"the checkpoint has no {missing[0]}; check that it holds a whole ConvNeXt.")
+    for name in ("stem.0.weight", *first_blocks):
+        if len(timm[name].shape) != 4:
+            raise ValueError(f"{name} has the shape {timm[name].shape}; a convolution has 4 axes.")
+    stages = [name.split(".")[1] for name in timm if name.endswith(".conv_dw.weight")]
+    has_layer_scale = "stages.0.blocks.0.gamma" in timm
+    return DINOv3ConvNextConfig(
+        num_channels=timm["stem.0.weight"].shape[1],
+        hidden_sizes=[timm[name].shape[0] for name in first_blocks],
+        depths=[stages.count(str(stage)) for stage in range(_NUM_STAGES)],
+        image_size=image_size,
+        # Trained values do not tell where they began; None is a network without LayerScale.
+        layer_scale_init_value=number_of(args, "ls_init_value", 1e-6) if has_layer_scale else None,
+    )
 
 
 def _model_args(config: DINOv3ConvNextConfig) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """`config.json` of a model folder of timm: what both families have in common."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+
+# The end of the names of ViTs that have biases of queries and values.
+WITH_BIASES = "_qkvb"
 
 # Arguments of timm's classes that act in training, on the classifier, or on nothing once the weights are loaded.
 MODEL_ARGS_WITHOUT_EFFECT = {
@@ -11,18 +14,35 @@ MODEL_ARGS_WITHOUT_EFFECT = {
 }
 
 
+def architecture_of(fields: Mapping[str, Any], known: Iterable[str]) -> str:
+    """
+    The architecture that a `config.json` names, without `_qkvb`.
+
+    Raises:
+        ValueError: It is not one of `known`.
+    """
+    found = fields.get("architecture")
+    name = found.removesuffix(WITH_BIASES) if isinstance(found, str) else None
+    if name is None or name not in known:
+        raise ValueError(f"timm's architecture {found!r} is not one of the DINOv3 models {', '.join(known)}.")
+    return name
+
+
 def model_args_of(fields: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """
     The arguments of timm's class that are written down in a `config.json`.
 
     Args:
-        fields: The `config.json`; `{}` for a bare file.
+        fields: The `config.json`.
         known: Arguments that the reader understands.
 
     Raises:
         ValueError: There is another one, which may change what the network computes.
     """
-    args = {name: value for name, value in fields.get("model_args", {}).items() if value is not None}
+    written = fields.get("model_args") or {}
+    if not isinstance(written, dict):
+        raise ValueError("model_args of timm's config.json are no arguments by name; copy the file again.")
+    args = {name: value for name, value in written.items() if value is not None}
     unknown = sorted(set(args) - set(known) - MODEL_ARGS_WITHOUT_EFFECT)
     if unknown:
         raise ValueError(
@@ -32,10 +52,26 @@ def model_args_of(fields: Mapping[str, Any], known: Collection[str]) -> dict[str
     return args
 
 
-def image_size_of(fields: Mapping[str, Any]) -> int:
-    """Side of the images, in pixels, that the model is for."""
-    height: int = fields.get("pretrained_cfg", {}).get("input_size", (3, 224, 224))[1]
-    return height
+def number_of(args: Mapping[str, Any], name: str, otherwise: float) -> float:
+    """
+    A positive number among the arguments of timm's class.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = args.get(name, otherwise)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"model_args of timm's config.json have {name} = {value!r}; it is a positive number.")
+    return float(value)
+
+
+def image_size_of(fields: Mapping[str, Any]) -> int | list[int]:
+    """Side of the images, or height and width, in pixels, that the model is for; 224 where none is written down."""
+    settings = fields.get("pretrained_cfg")
+    size = settings.get("input_size") if isinstance(settings, dict) else None
+    if not isinstance(size, list) or len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
+        return 224
+    return size[1] if size[1] == size[2] else size[1:]
 
 
 def config_fields(

@@ -16,7 +16,14 @@ import torch
 from dinov3_hf.convert.file_format import Converted, FileFormat, Tensors
 from dinov3_hf.convert.key_map import KeyMap
 from dinov3_hf.convert.lazy_tensor import LazyTensor, concatenate, same_bits
-from dinov3_hf.convert.timm_folder import config_fields, image_size_of, model_args_of
+from dinov3_hf.convert.timm_folder import (
+    WITH_BIASES,
+    architecture_of,
+    config_fields,
+    image_size_of,
+    model_args_of,
+    number_of,
+)
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import (
     NATIVE_MODEL_TYPE,
     STOCK_MODEL_TYPE,
@@ -74,7 +81,6 @@ _ARCHITECTURES = {
     "vit_huge_plus_patch16_dinov3": "vith16plus",
     "vit_7b_patch16_dinov3": "vit7b16",
 }
-_WITH_BIASES = "_qkvb"
 _WITHOUT_BIASED_VARIANT = "vit_7b_patch16_dinov3"
 _SIZE_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_gated_mlp"),
@@ -115,7 +121,7 @@ def read_config(timm: Tensors) -> DINOv3ViTConfig:
     Raises:
         ValueError: The file is of no released size, or not whole.
     """
-    return config_from_json({}, timm)
+    return _config(timm, {}, None, 224)
 
 
 def config_from_json(fields: Mapping[str, Any], timm: Tensors) -> DINOv3ViTConfig:
@@ -123,41 +129,15 @@ def config_from_json(fields: Mapping[str, Any], timm: Tensors) -> DINOv3ViTConfi
     The configuration of a folder of timm.
 
     Args:
-        fields: timm's `config.json`; `{}` for a bare file.
+        fields: timm's `config.json`.
         timm: The tensors.
 
     Raises:
         ValueError: The architecture is not of this family, has an argument that our network has no counterpart of, or
-            the tensors are not whole or of no released size and without `config.json`.
+            the tensors are not whole.
     """
-    named = _named_preset(fields)
-    args = model_args_of(fields, _MODEL_ARGS_READ)
-    _, channels, *patch = _shape(timm, "patch_embed.proj.weight", 4)  # (D, C, p, p)
-    gated = "blocks.0.mlp.fc1_g.weight" in timm
-    biased = "blocks.0.attn.q_bias" in timm
-    sizes: dict[str, Any] = {
-        "patch_size": patch,
-        "num_channels": channels,
-        "hidden_size": _shape(timm, "cls_token", 3)[2],
-        "intermediate_size": _shape(timm, f"blocks.0.mlp.fc1{'_g' if gated else ''}.weight", 2)[0],
-        "num_hidden_layers": len([name for name in timm if name.endswith(".attn.qkv.weight")]),
-        "use_gated_mlp": gated,
-        "num_register_tokens": _shape(timm, "reg_token", 3)[1] if "reg_token" in timm else 0,
-    }
-    config = DINOv3ViTConfig(
-        **sizes,
-        num_attention_heads=args["num_heads"] if "num_heads" in args else _num_heads(named, sizes),
-        image_size=image_size_of(fields),
-        hidden_act="silu" if gated else "gelu",
-        query_bias=biased,
-        value_bias=biased,
-        # Trained values do not tell where they began; None is a network without LayerScale.
-        layerscale_value=args.get("init_values", 1e-5) if "blocks.0.gamma_1" in timm else None,
-        rope_theta=args.get("rope_temperature", 100.0),
-    )
-    if not biased and _released_with_biases(config):
-        config.query_bias = config.value_bias = True
-    return config
+    preset = _ARCHITECTURES[architecture_of(fields, _ARCHITECTURES)]
+    return _config(timm, model_args_of(fields, _MODEL_ARGS_READ), preset, image_size_of(fields))
 
 
 def config_to_json(
@@ -177,7 +157,7 @@ def config_to_json(
     usual["qkv_bias"] = biased and name != _WITHOUT_BIASED_VARIANT
     args = {**_model_args(config), "qkv_bias": biased}
     return config_fields(
-        architecture=name + _WITH_BIASES * usual["qkv_bias"],
+        architecture=name + WITH_BIASES * usual["qkv_bias"],
         model_args={argument: value for argument, value in args.items() if value != usual[argument]},
         num_features=config.hidden_size,
         num_classes=timm["head.weight"].shape[0] if "head.weight" in timm else 0,
@@ -308,19 +288,42 @@ def _period_rounding(config: DINOv3ViTConfig) -> float:
     return ((rope_periods(parameters) - exact) / exact).abs().max().item()
 
 
-def _named_preset(fields: Mapping[str, Any]) -> str | None:
-    """The preset of the architecture that a `config.json` names; `None` for a bare file.
-
-    Raises:
-        ValueError: It is not of this family.
+def _config(
+    timm: Tensors, args: Mapping[str, Any], preset: str | None, image_size: int | list[int]
+) -> DINOv3ViTConfig:
     """
-    if not fields:
-        return None
-    architecture = str(fields.get("architecture"))
-    name = architecture.removesuffix(_WITH_BIASES)
-    if name not in _ARCHITECTURES:
-        raise ValueError(f"timm's {architecture!r} is not one of the DINOv3 ViTs {', '.join(_ARCHITECTURES)}.")
-    return _ARCHITECTURES[name]
+    Args:
+        timm: The tensors.
+        args: Arguments of timm's class that differ from those of the preset.
+        preset: The preset of the architecture that `config.json` names; `None` for a bare file.
+        image_size: For information.
+    """
+    _, channels, *patch = _shape(timm, "patch_embed.proj.weight", 4)  # (D, C, p, p)
+    gated = "blocks.0.mlp.fc1_g.weight" in timm
+    biased = "blocks.0.attn.q_bias" in timm
+    sizes: dict[str, Any] = {
+        "patch_size": patch,
+        "num_channels": channels,
+        "hidden_size": _shape(timm, "cls_token", 3)[2],
+        "intermediate_size": _shape(timm, f"blocks.0.mlp.fc1{'_g' if gated else ''}.weight", 2)[0],
+        "num_hidden_layers": len([name for name in timm if name.endswith(".attn.qkv.weight")]),
+        "use_gated_mlp": gated,
+        "num_register_tokens": _shape(timm, "reg_token", 3)[1] if "reg_token" in timm else 0,
+    }
+    config = DINOv3ViTConfig(
+        **sizes,
+        num_attention_heads=args["num_heads"] if "num_heads" in args else _num_heads(preset, sizes),
+        image_size=image_size,
+        hidden_act="silu" if gated else "gelu",
+        query_bias=biased,
+        value_bias=biased,
+        # Trained values do not tell where they began; None is a network without LayerScale.
+        layerscale_value=number_of(args, "init_values", 1e-5) if "blocks.0.gamma_1" in timm else None,
+        rope_theta=number_of(args, "rope_temperature", 100.0),
+    )
+    if not biased and _released_with_biases(config):
+        config.query_bias = config.value_bias = True
+    return config
 
 
 def _num_heads(named: str | None, sizes: Mapping[str, Any]) -> int:
