@@ -4,9 +4,9 @@
 
 The files are in bfloat16; `vit7b16:2` is the first two blocks of the 7B. The ways: `whole`, as the file is; `float32`,
 converted when loaded; `disk`, at most --resident of it in memory and the rest fetched when its turn comes; `int8` and
-`float8`, weights quantised by torchao where it is installed. Each runs in a process of its own, whose memory is sampled
-every 20 ms: anonymous memory is what the process holds itself, resident memory also counts pages mapped from files,
-which the system can take back. What the same process holds after its imports is given beside it.
+`float8`, weights quantised by torchao where it is installed. Each runs in a process of its own, whose memory is
+sampled every 20 ms: anonymous memory is what the process holds itself, resident memory also counts pages mapped from
+files, which the system can take back. What the same process holds after its imports is given beside it.
 """
 
 import argparse
