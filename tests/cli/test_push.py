@@ -88,8 +88,8 @@ def test_cards_and_licences(tmp_path, capsys):
     assert "README.md has been edited; write `license: mit` into its front matter" in refusal(
         capsys, tmp_path, "me/m", "--license", "mit"
     )
-    (tmp_path / "README.md").write_text("# Mine\n")
-    assert "README.md has no front matter" in refusal(capsys, tmp_path, "me/m")
+    (tmp_path / "README.md").write_text("---\ntags: 3\n---\n")
+    assert "tags 3 of README.md is not a list of texts" in refusal(capsys, tmp_path, "me/m")
 
 
 def test_no_network(tmp_path, capsys):

@@ -230,7 +230,7 @@ class Answers:
 
     def validate(self) -> None:
         content = json.loads(self.body)["content"]
-        metadata = yaml.safe_load(content.split("---")[1])
+        metadata = yaml.safe_load(content.split("---")[1]) if content.startswith("---") else {}
         errors = []
         if metadata.get("license") == "other" and "license_name" not in metadata:
             errors.append({"message": '"license_name" is required'})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinov3_hf.hub.card_validation import LICENSES, PIPELINE_TAGS, check_model_card
+from dinov3_hf.hub.card_validation import LICENSES, PIPELINE_TAGS, check_model_card, read_metadata
 
 INDEX = """
 model-index:
@@ -35,10 +35,14 @@ def test_what_the_hub_takes(yaml):
     check_model_card(front(yaml))
 
 
+def test_a_card_without_front_matter_is_one():
+    check_model_card("# Title\n")
+    assert read_metadata("# Title\n") == {}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("# Title\n", r"README.md has no front matter; begin it with a line `---`"),
         (front("a: [1"), r"front matter of README.md is no YAML \(while parsing"),
         (front("- a\n- b"), r"front matter of README.md is no YAML mapping"),
         (front("license: apache 2"), r"license 'apache 2' is none that the Hub knows; did you mean apache-2.0\?"),

@@ -143,9 +143,10 @@ def test_cards_that_somebody_edited_stay(hub, client, folder):
     assert card_on_hub(hub) == edited
 
     # One that was edited here is what its author wants to publish.
-    (folder / "README.md").write_text("---\nlicense: mit\n---\nBy hand.\n")
-    assert client.push(folder, "me/tiny")[0] == 0
-    assert card_on_hub(hub) == "---\nlicense: mit\n---\nBy hand.\n"
+    (folder / "README.md").write_text("By hand.\n")
+    status, _, error = client.push(folder, "me/tiny")
+    assert status == 0 and "states no licence" in error
+    assert card_on_hub(hub) == "By hand.\n"
 
 
 def test_a_licence_is_written_into_a_card_of_ours(hub, client, folder):

@@ -49,7 +49,7 @@ def check_model_card(text: str) -> None:
         text: of README.md.
 
     Raises:
-        ValueError: there is none, it is no YAML mapping, a known field has a wrong type, the licence or the pipeline
+        ValueError: it is no YAML mapping, a known field has a wrong type, the licence or the pipeline
             tag is not known, `license: other` has no `license_name`, or `model-index` lacks something.
     """
     check_metadata(read_metadata(text))
@@ -57,14 +57,14 @@ def check_model_card(text: str) -> None:
 
 def read_metadata(text: str) -> dict[str, Any]:
     """
-    The front matter of a model card, in plain types.
+    The front matter of a model card, in plain types; empty where there is none.
 
     Raises:
-        ValueError: there is none, or it is no YAML mapping.
+        ValueError: it is no YAML mapping.
     """
     match = REGEX_YAML_BLOCK.search(text)
     if match is None:
-        raise ValueError("README.md has no front matter; begin it with a line `---`, `license: ...`, a line `---`.")
+        return {}
     try:
         metadata = yaml.safe_load(match[2])
     except yaml.YAMLError as error:

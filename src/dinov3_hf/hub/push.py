@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 
 from dinov3_hf.hub.architecture import read_architecture
-from dinov3_hf.hub.card_validation import check_model_card
+from dinov3_hf.hub.card_validation import check_model_card, read_metadata
 from dinov3_hf.hub.model_card import CARD, is_generated, model_card, with_license
 from dinov3_hf.hub.model_folder import check_model_folder, files_to_push, find_model_folder
 
@@ -133,7 +133,7 @@ def push_folder(
         files=sorted(operation.path_in_repo for operation in operations),
         left_out=[path.name for path in left_out],
         has_code=not read_architecture(folder).is_stock,
-        has_license="\nlicense:" in card,
+        has_license="license" in read_metadata(card),
         kept_card=kept_card,
     )
 
