@@ -51,10 +51,11 @@ def read_hub_folder(folder: Path) -> HubFolder:
         ValueError: A file is damaged, or the model is no DINOv3 backbone.
         OSError: A file is missing or cannot be read.
     """
+    # Some versions of transformers save the blocks of their classes as `model.layer.N`, `model.stages.N`.
+    tensors = {name.removeprefix("model."): tensor for name, tensor in read_weights(folder).items()}
     return HubFolder(
-        config=_read_config(folder),
-        # Some versions of transformers save the blocks of their classes as `model.layer.N`, `model.stages.N`.
-        tensors={name.removeprefix("model."): tensor for name, tensor in read_weights(folder).items()},
+        config=_read_config(folder / CONFIG_NAME, len(tensors)),
+        tensors=tensors,
         extras=_read_beside(folder / EXTRAS_NAME),
         heads=_read_beside(folder / HEADS_NAME),
         statistics=_read_statistics(folder / PROCESSOR_NAME),
@@ -135,14 +136,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
-    path = folder / CONFIG_NAME
-    model_type = read_json(path).get("model_type")
+def _read_config(path: Path, num_tensors: int) -> PreTrainedConfig:
+    fields = read_json(path)
+    model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in BACKBONES:
         raise ValueError(f"{path} describes a {model_type!r} model; the types known are {', '.join(BACKBONES)}.")
+    depths = fields.get("depths")
+    for blocks in [fields.get("num_hidden_layers"), *(depths if isinstance(depths, list) else [])]:
+        if isinstance(blocks, int) and blocks > num_tensors:  # naming the stages of a billion blocks takes the memory
+            raise ValueError(f"{path} describes {blocks} blocks, for which there are too few tensors; copy it again.")
     config_class, _ = BACKBONES[model_type]
     try:
-        config: PreTrainedConfig = config_class.from_pretrained(folder)
+        config: PreTrainedConfig = config_class.from_pretrained(path.parent)
     except Exception as error:  # fields of wrong types raise whatever the first use of them raises
         raise ValueError(f"{path} describes no network ({' '.join(str(error).split())[:160]}).") from error
     return config

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dinov3_hf.convert.lazy_tensor import LazyTensor
 
@@ -36,11 +37,12 @@ class TrainingCheckpoint:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def take_apart(content: Mapping[str, LazyTensor | None]) -> TrainingCheckpoint:
+def take_apart(source: Path, content: Mapping[str, LazyTensor | None]) -> TrainingCheckpoint:
     """
     Sort the entries of a file by branch.
 
     Args:
+        source: Where they come from, for messages.
         content: Full name -> tensor, `None` for what is no tensor.
 
     Raises:
@@ -60,7 +62,9 @@ def take_apart(content: Mapping[str, LazyTensor | None]) -> TrainingCheckpoint:
             branch = checkpoint.branches.setdefault(branch_name, Branch())
             tensors, key = (branch.heads, name) if head in HEADS else (branch.backbone, name.removeprefix("backbone."))
             if key in tensors:
-                raise ValueError(f"{full_name} and another entry are both {key} of the {branch_name}; remove one.")
+                raise ValueError(
+                    f"{source}: {full_name} and another entry are both {key} of the {branch_name}; remove one."
+                )
             tensors[key] = tensor
     return checkpoint
 
