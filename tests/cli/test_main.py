@@ -23,6 +23,7 @@ HEAVY = {"torch", "torchvision", "transformers", "sklearn", "datasets", "acceler
         (CONSOLE_SCRIPT, "--help"),
         (CONSOLE_SCRIPT, "info"),
         (CONSOLE_SCRIPT, "evaluate", "knn", "--help"),
+        (CONSOLE_SCRIPT, "convert", "--help"),
         (CONSOLE_SCRIPT, "visualize", "pca", "--help"),
         (CONSOLE_SCRIPT, "evaluate", "knn"),
         (CONSOLE_SCRIPT, "visualise"),

@@ -22,6 +22,10 @@ def native_with(**changed):
     return tiny_native() | {name.replace("__", "."): tensor for name, tensor in changed.items()}
 
 
+def native_with_mask():
+    return {"blocks.0.attn.qkv.bias_mask": tiny_native()["blocks.0.attn.qkv.bias_mask"]}
+
+
 CONVNEXT = native_weights(CONVNEXT_CASES[0])
 BAD_STATES = {
     "resnet": (
@@ -52,6 +56,10 @@ BAD_STATES = {
         native_with(blocks__0__attn__qkv__bias_mask=torch.ones(90)),
         r"bias_mask has 90 values instead of 96; check the architecture",
     ),
+    "a mask of nothing": (
+        without("blocks.0.attn.qkv.bias", tiny_native()) | native_with_mask(),
+        r"blocks.0.attn.qkv.bias_mask has no bias to mask",
+    ),
     "a mask of NaN": (
         native_with(blocks__0__attn__qkv__bias_mask=torch.full((96,), torch.nan)),
         r"bias_mask is not ones, zeros and ones .* NaN there means weights that were never initialised",
@@ -62,7 +70,7 @@ BAD_STATES = {
     ),
     "periods of NaN": (native_with(rope_embed__periods=torch.full((4,), torch.nan)), r"are not geometric"),
     "too many periods": (native_with(rope_embed__periods=torch.ones(9)), r"has 9 values, which fits no head"),
-    "integers": (native_with(norm__weight=torch.ones(32, dtype=torch.int64)), r"norm.weight has the dtype torch.int64"),
+    "integers": (native_with(norm__weight=torch.ones(32, dtype=torch.int64)), r"norm.weight has the dtype"),
     "two of one name": (
         native_with(module__cls_token=torch.zeros(1, 1, 32)),
         r"are both cls_token of the model; remove one",

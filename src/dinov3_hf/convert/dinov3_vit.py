@@ -288,6 +288,8 @@ def _drop_masked_key_bias(
     if config.key_bias:
         raise ValueError(f"{name} cancels the key bias, which the architecture has; check the architecture.")
     key_name = name.replace(".qkv.bias_mask", ".k.bias")
+    if key_name not in split:
+        raise ValueError(f"{name} has no bias to mask; check that the checkpoint is whole.")
     key_bias, mask = split.pop(key_name), split[name].read()
     expected = _bias_mask(config, key_bias.dtype)
     if mask.shape != expected.shape:
