@@ -14,49 +14,30 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from harness import append_results
-from torch import Tensor
 
 from dinov3_hf.convert.checkpoint import Checkpoint, read_checkpoint
-from dinov3_hf.convert.formats import architecture_config, format_of
-from dinov3_hf.convert.image_statistics import ImageStatistics
+from dinov3_hf.convert.formats import format_of
 from dinov3_hf.convert.lazy_tensor import LazyTensor, same_bits
+from dinov3_hf.convert.random_weights import random_checkpoint
 from dinov3_hf.convert.torch_file import read_torch_file
 from dinov3_hf.convert.writing import write_checkpoint
-from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES
 
 SECONDS_BETWEEN_SAMPLES = 0.05
 ANONYMOUS = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
 
 
-def random_checkpoint(preset: str, dtype: torch.dtype) -> Checkpoint:
-    """A checkpoint whose values are drawn when they are read, the same ones each time."""
-    config = architecture_config(preset)
-    _, model_class = BACKBONES[config.model_type]
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
-
-    def random(name: str, shape: tuple[int, ...]) -> LazyTensor:
-        def draw() -> Tensor:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            return torch.empty(shape, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
-
-        return LazyTensor(shape, dtype, draw)
-
-    tensors = {name: random(name, shape) for name, shape in shapes.items()}
-    acting = {name: tensor for name, tensor in tensors.items() if name.startswith("local_cls_norm.")}
-    return Checkpoint(
-        source=Path(preset),
-        format="hf",
-        config=config,
-        tensors={name: tensor for name, tensor in tensors.items() if name not in acting},
-        statistics=ImageStatistics.of("web", config.num_channels),
-        extras=acting,
-    )
+def in_dtype(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The same checkpoint, rounded to `dtype`."""
+    tensors = {
+        name: LazyTensor(tensor.shape, dtype, lambda tensor=tensor: tensor.read().to(dtype))
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
 
 
 def convert(source: Path, target: Path, to: str) -> tuple[float, int]:
@@ -94,7 +75,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.folder))
     try:
         native, hub, back = work / "native.pth", work / "hub", work / "back.pth"
-        checkpoint = random_checkpoint(args.preset, torch.__dict__[args.dtype])
+        checkpoint = in_dtype(random_checkpoint(args.preset), torch.__dict__[args.dtype])
         write_checkpoint(checkpoint, native, "native")
         size = native.stat().st_size
         rows = []
