@@ -52,8 +52,8 @@ It has no classifier and knows no words. Test it on your own data before you rel
 
 ## Limitations
 
-- **Text in images.** Training has no captions. On images that have to be read (road signs, logos, packages) the
-  [DINOv3 paper](https://arxiv.org/abs/2508.10104) finds its models behind those trained with captions (appendix B.4).
+- **Text in images.** Training has neither captions nor text: features are not made for reading what an image says.
+  The [DINOv3 paper](https://arxiv.org/abs/2508.10104) measures road signs, logos and packages in appendix B.4.
 - **Regions and incomes.** Accuracy is uneven. Of household objects in low, middle and high income homes the released
   7B model recognises 69.6, 85.7 and 90.9 %; in Africa, Asia, the Americas and Europe 76.7, 83.0, 88.0 and 90.7 % (the
   same paper, appendix B.5, table 26). Expect the like of other models trained on images from the web.

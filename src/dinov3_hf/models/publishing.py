@@ -25,6 +25,9 @@ class PublishingMixin:
         """
         Upload the model, with `extras.safetensors` and with a model card unless the repository has one already.
 
+        Where `dinov3_hf` is not installed (the code came with a model folder) this is what
+        [`PreTrainedModel.push_to_hub`] does, with a blank card.
+
         Args:
             repo_id: OWNER/NAME, or NAME for your own; created when absent.
             commit_message: Of the commit.
@@ -42,8 +45,20 @@ class PublishingMixin:
             OSError: The upload failed; the same call goes on.
             ValueError: `repo_id` is no name, or the Hub does not know the licence.
         """
-        # By name: publishing stands above the models, and the copy of this code in a model folder comes without it.
-        push: Any = import_module(f"{_PACKAGE}.hub.push")
+        try:
+            # By name: publishing stands above the models, and the copy of this code in a folder comes without it.
+            push: Any = import_module(f"{_PACKAGE}.hub.push")
+        except ModuleNotFoundError:
+            stock: Any = super()
+            address: str = stock.push_to_hub(
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                max_shard_size=max_shard_size,
+            )
+            return address
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             pushed = push.push_folder(
