@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from tests.convert.files import tiny_native
+from tests.hub.client import TOKEN, environment
+from tests.hub.server import running_hub
 from tests.testing_utils import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -27,9 +31,9 @@ ENVIRONMENT = {
 }
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, **env: str) -> str:
     done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=ENVIRONMENT | env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -44,6 +48,7 @@ def desk(tmp_path_factory) -> Path:
     for i in range(3):
         Image.radial_gradient("L").convert("RGB").rotate(30 * i).save(desk / "photos" / "holiday" / f"{i}.jpg")
     Image.radial_gradient("L").convert("RGB").save(desk / "photo.jpg")
+    torch.save(tiny_native(), desk / "dinov3_vits16_pretrain.pth")
     [quickstart] = re.findall(
         r"pretrain\.py (quickstart_digits --output_dir \S+)", (REPOSITORY / "Makefile").read_text()
     )
@@ -81,9 +86,14 @@ def test_training_commands(desk):
 
 
 def test_commands_on_the_model(desk):
-    for command in COMMANDS:
-        if command.startswith("dinov3-hf"):
-            run(shlex.split(command), desk)
+    with running_hub() as hub:
+        online = environment(hub, desk / "home") | TOKEN | {"PATH": ENVIRONMENT["PATH"]}
+        for command in COMMANDS:
+            if command.startswith("dinov3-hf"):
+                run(shlex.split(command), desk, **online)
+        assert "model.safetensors" in hub.repositories["me/vits16"].files()
+    before, back = (torch.load(desk / name) for name in ("dinov3_vits16_pretrain.pth", "back.pth"))
+    assert before.keys() == back.keys() and all(torch.equal(before[name], back[name]) for name in before)
     for name in ("pca.png", "similarity.png"):
         with Image.open(desk / name) as picture:
             assert min(picture.size) > 64
