@@ -40,7 +40,9 @@ def check_parity(
     source: Annotated[Path | None, typer.Argument(metavar="SRC", help="File or folder.")] = None,
     others: Annotated[list[Path] | None, typer.Argument(metavar="OTHER", help="Files or folders.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file; a photo of scikit-learn if not given.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="Input in pixels: 224, or HEIGHTxWIDTH. Repeatable.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Input in pixels: 224, or 512x384 (height x width). Repeatable.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference, relative to a layer's largest output.")] = 1e-5,
     dtype: Annotated[Precision, typer.Option(help="float64 tells rounding from wrong weights.")] = Precision.float32,
     arch: Annotated[str | None, typer.Option(help="Preset that SRC is of; read from SRC if not given.")] = None,
