@@ -190,10 +190,10 @@ def _from_state_dict(
     chosen = _choose_branch(source, parts.branches, recognised, branch)
     network, found = parts.branches[chosen], recognised[chosen]
     dropped = parts.dropped | {
-        f"{name}.{key}": f"branch {name}; the branch {chosen} was taken"
+        full_name: f"branch {name}; the branch {chosen} was taken"
         for name, each in parts.branches.items()
         if name != chosen
-        for key in each.backbone | each.heads
+        for full_name in each.full_names
     }
     if given is not None and given.model_type not in found.model_types:
         raise ValueError(f"{source} is no {architecture}: its parameters have the names of another family.")

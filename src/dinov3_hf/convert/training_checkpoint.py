@@ -17,8 +17,9 @@ _BRANCH = re.compile(rf"({'|'.join(BRANCHES)}|student\d+|state_dict)\.(.+)", re.
 
 @dataclass
 class Branch:
-    """One network of a file, without prefixes."""
+    """One network of a file, without prefixes, and the names of its tensors in the file."""
 
+    full_names: list[str] = field(default_factory=list)
     backbone: dict[str, LazyTensor] = field(default_factory=dict)
     heads: dict[str, LazyTensor] = field(default_factory=dict)
 
@@ -66,6 +67,7 @@ def take_apart(source: Path, content: Mapping[str, LazyTensor | None]) -> Traini
                     f"{source}: {full_name} and another entry are both {key} of the {branch_name}; remove one."
                 )
             tensors[key] = tensor
+            branch.full_names.append(full_name)
     return checkpoint
 
 
