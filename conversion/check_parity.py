@@ -7,8 +7,8 @@
 
 SRC is a file of the original, a folder of the Hub or a folder of timm. Alone, it is converted to every format in a
 temporary folder; with one or more OTHER, these are compared as they are. transformers runs folders of the Hub, timm
-those of timm, dinov3_hf files of the original; the reference is SRC, run by dinov3_hf. With `--preset`, SRC is a file of
-the original with random weights. The exit status is 1 if a difference exceeds the tolerance.
+those of timm, dinov3_hf files of the original; the reference is SRC, run by dinov3_hf. With `--preset`, SRC is a
+file of the original with random weights. The exit status is 1 if a difference exceeds the tolerance.
 """
 
 from __future__ import annotations
