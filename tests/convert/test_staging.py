@@ -1,10 +1,15 @@
 """What is written appears whole or not at all."""
 
+import os
+import subprocess
+
 import pytest
 import torch
 
+from dinov3_hf.convert.lazy_tensor import LazyTensor
+from dinov3_hf.convert.safetensors_file import write_safetensors
 from dinov3_hf.convert.staging import writing
-from tests.convert.files import tiny_native
+from tests.convert.files import converted, tiny_native
 from tests.testing_utils import run_python
 
 
@@ -59,6 +64,34 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode != 0:
+        pytest.skip("may not mount a disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_full_before(small_disk, tmp_path):
+    torch.save(tiny_native(hidden_size=256), tmp_path / "native.pth")
+    with pytest.raises(OSError, match=r"hub needs 0\.00\d GB and 0\.001 GB are free in .*disk; make room"):
+        converted(tmp_path / "native.pth", small_disk / "hub", "hf")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile(small_disk):
+    with (
+        pytest.raises(OSError, match=r"hub could not be written \(No space left on device\); nothing is left of it"),
+        writing(small_disk / "hub", 1000) as staged,
+    ):
+        staged.mkdir()
+        write_safetensors({"a": LazyTensor.full((1 << 20,), 1, torch.float32)}, staged / "a.safetensors")
+    assert list(small_disk.iterdir()) == []
+
+
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -78,8 +111,6 @@ def test_a_disk_that_takes_no_more(to, name, tmp_path):
 
 
 def _umask() -> int:
-    import os
-
     mask = os.umask(0)
     os.umask(mask)
     return mask
