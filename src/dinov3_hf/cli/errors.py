@@ -6,6 +6,7 @@
 | 2 | the arguments cannot be parsed (`ArgumentError`, or the command line's own parser) |
 | 75 | preempted: the run saved itself and asks to be queued again (`SystemExit(75)` passes through) |
 | 130 | interrupted from the keyboard |
+| 143 | ended by SIGTERM, after cleaning up (`SystemExit(143)` passes through) |
 | 1 | everything else |
 
 Imports neither torch nor transformers, so that a mistyped option is answered at once.
