@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,16 @@ def save_labelled_images(folder: Path, num_images: int = 10, size: tuple[int, in
             Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
 
 
-def run_in_process(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit status, output and error output of `dinov3-hf ARGUMENTS`, run in this process."""
+def run_in_process(
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str | Path,
+    main: Callable[[list[str]], object] = parse_and_run,
+) -> tuple[int, str, str]:
+    """Exit status, output and error output of `dinov3-hf ARGUMENTS`, or of another `main`, run in this process."""
     capsys.readouterr()
     status: Any = 0
     try:
-        run(parse_and_run, [str(argument) for argument in arguments])
+        run(main, [str(argument) for argument in arguments])
     except SystemExit as ended:
         status = ended.code
     printed = capsys.readouterr()
