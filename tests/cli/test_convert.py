@@ -126,6 +126,19 @@ def test_interrupted_it_leaves_nothing(number, status, to, name, large_file, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_only_the_middle_of_the_way_has_is_not_in_the_account(tmp_path, capsys):
+    """Without registers a folder of the Hub has an empty parameter, and neither the original nor timm has one."""
+    native, hub, timm = tmp_path / "native.pth", tmp_path / "hub", tmp_path / "timm"
+    torch.save(tiny_native(num_register_tokens=0), native)
+    accounts = []
+    for source, target, to in ((native, hub, "hf"), (hub, tmp_path / "back.pth", "native"), (native, timm, "timm")):
+        status, printed, error = run_in_process(capsys, "convert", source, target, "--to", to, "--json")
+        assert status == 0, error
+        facts = json.loads(printed)
+        accounts.append(["embeddings.register_tokens" in facts[what] for what in ("derived", "dropped")])
+    assert accounts == [[True, False], [False, True], [False, False]]
+
+
 def test_names_that_differ_in_numbers_only_are_one_line():
     reasons = {"blocks.0.a": "x", "blocks.11.a": "x", "blocks.2.b": "x", "c": "y"}
     assert grouped(reasons) == {("blocks.*.a", "x"): 2, ("blocks.*.b", "x"): 1, ("c", "y"): 1}
@@ -136,7 +149,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5GiB", "5 5"])
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5GiB", "5 5", "9" * 400])
 def test_what_is_no_size(text):
     with pytest.raises(ArgumentError, match="is not a size; give for example 5GB"):
         parse_size(text)

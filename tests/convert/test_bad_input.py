@@ -52,6 +52,11 @@ BAD_STATES = {
     "a shape": (native_with(blocks__1__norm1__weight=torch.ones(16)), r"layer.1.norm1.weight has the shape \(16,\)"),
     "axes": (native_with(cls_token=torch.ones(32)), r"cls_token has the shape \(32,\); a DINOv3 ViT has 3 axes there"),
     "qkv": (native_with(blocks__1__attn__qkv__weight=torch.ones(95, 32)), r"\(95, 32\) cannot be cut into 3 parts"),
+    "qkv of no axis": (native_with(blocks__1__attn__qkv__weight=torch.ones(())), r"\(\) cannot be cut into 3 parts"),
+    "a block of any number": (
+        native_with(blocks__99999999999__norm1__weight=torch.ones(32)),
+        r"the checkpoint has no block 3 of 100000000000; it is not whole",
+    ),
     "the mask of another width": (
         native_with(blocks__0__attn__qkv__bias_mask=torch.ones(90)),
         r"bias_mask has 90 values instead of 96; check the architecture",
@@ -102,6 +107,7 @@ def test_weights_that_are_not_finite(value, to, tmp_path):
     with pytest.raises(ValueError, match=r"blocks.2.attn.qkv.weight|layer.2.attention.k_proj.weight") as error:
         converted(tmp_path / "a.pth", tmp_path / "new.pth", to)
     assert "holds NaN or infinite weights; convert an earlier or an undamaged checkpoint" in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'a.pth'}: ")
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth"}
 
 
@@ -201,7 +207,7 @@ def test_configurations_of_other_networks(fields, says, tmp_path):
 def test_folders_that_are_not_whole(tmp_path):
     hub = tmp_path / "hub"
     hub.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"hub has no config.json; give a folder of transformers or timm"):
         read_checkpoint(hub)
     (hub / "config.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"config.json holds a list and no JSON object; copy it again"):
@@ -249,6 +255,59 @@ def test_heads_that_are_not_whole(tmp_path):
     with pytest.raises(ValueError, match=r"dino_head has no last_layer.weight of two axes; check the checkpoint"):
         converted(tmp_path / "a.pth", tmp_path / "hub", "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth"}
+
+
+EXTRAS = {
+    "another width": (
+        {"native.blocks.1.attn.k.bias": torch.ones(33)},
+        r"k.bias in extras.safetensors is torch.float32",
+    ),
+    "another dtype": (
+        {"native.blocks.1.attn.k.bias": torch.ones(32).half()},
+        r"is torch.float16 of shape \(32,\), and",
+    ),
+    "a mask of another width": ({"native.blocks.0.attn.qkv.bias_mask": torch.ones(3)}, r"is not ones, zeros and ones"),
+    "no mask": (
+        {"native.blocks.0.attn.qkv.bias_mask": torch.ones(96)},
+        r"bias_mask in extras.safetensors is not ones",
+    ),
+    "a weight of the model": (
+        {"norm.weight": torch.zeros(32)},
+        r"extras.safetensors holds norm.weight, as the model's",
+    ),
+    "an unknown name": ({"norm3.weight": torch.zeros(32)}, r"norm3.weight is not a parameter of this architecture"),
+}
+
+
+@pytest.mark.parametrize(("extras", "says"), EXTRAS.values(), ids=EXTRAS)
+def test_extras_that_do_not_fit_the_model(extras, says, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "hub")
+    save_file(extras, tmp_path / "hub" / "extras.safetensors")
+    with pytest.raises(ValueError, match=says) as error:
+        converted(tmp_path / "hub", tmp_path / "native.pth", "native")
+    assert str(error.value).startswith(str(tmp_path / "hub")) and "\n" not in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"hub"}
+
+
+def edit_weights(folder, changed):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | changed, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_parameters_with_and_without_the_prefix_of_transformers(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "hub")
+    edit_weights(tmp_path / "hub", {"model.norm.weight": torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"hub holds norm.weight and model.norm.weight, which are one parameter"):
+        read_checkpoint(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("to", ["native", "timm"])
+def test_queries_and_keys_of_two_dtypes(to, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "hub")
+    edit_weights(tmp_path / "hub", {"layer.0.attention.k_proj.weight": torch.zeros(32, 32, dtype=torch.bfloat16)})
+    with pytest.raises(ValueError, match=r"hub: tensors of float32 and bfloat16 are to be one tensor; save the model"):
+        converted(tmp_path / "hub", tmp_path / "new.pth", to)
+    assert {path.name for path in tmp_path.iterdir()} == {"hub"}
 
 
 def test_networks_that_the_original_has_not(tmp_path):

@@ -64,7 +64,8 @@ def test_damaged_files(first, sources, tmp_path):
             except Exception as error:
                 assert isinstance(error, (ValueError, OSError)), f"case {number}, {source.name}: {error!r}"
                 line = one_line(error)
-                assert line and "\n" not in line and "--debug" not in line, f"case {number}: {line}"
+                assert line.startswith(str(source)) and "\n" not in line, f"case {number}: {line}"
+                assert "--debug" not in line, f"case {number}: {line}"
                 assert not target.exists()
         assert not list(damaged.rglob("*.converting")), number
         assert not (sources / "trace").exists(), f"case {number} ran code"

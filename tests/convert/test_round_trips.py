@@ -49,7 +49,9 @@ def test_native_files_come_back(case, dtype, tmp_path):
 
     assert checkpoint.num_source_tensors == len(native)
     assert not there.dropped and not there.derived
-    assert not back.dropped
+    # Without registers their parameter is empty in the folder, and absent in the original.
+    no_registers = checkpoint.config.model_type.startswith("dinov3_vit") and "storage_tokens" not in native
+    assert list(back.dropped) == no_registers * ["embeddings.register_tokens"]
     # Every name is kept, or dropped because the way back derives it.
     assert checkpoint.dropped.keys() == back.derived.keys()
     assert set(checkpoint.dropped) <= set(native)
@@ -196,13 +198,24 @@ def test_a_folder_has_what_the_hub_expects(tmp_path):
     assert "Converted from dinov3_vit7b16_pretrain_sat493m" in (tmp_path / "hub" / "README.md").read_text()
 
 
-def test_image_statistics_of_a_folder_stay(tmp_path):
+@pytest.mark.parametrize(("mean", "std"), [([0.5, 0.25, 0.125], [0.2, 0.1, 0.3]), ([0, 0, 0], [1, 1, 1])])
+def test_image_statistics_of_a_folder_stay(mean, std, tmp_path):
     tiny_model().save_pretrained(tmp_path / "ours")
-    statistics = {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.2, 0.1, 0.3]}
+    statistics = {"image_mean": mean, "image_std": std}
     build_image_processor(**statistics).save_pretrained(tmp_path / "ours")
     converted(tmp_path / "ours", tmp_path / "again", "hf")
     processor = json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
     assert {name: processor[name] for name in statistics} == statistics
+
+
+def test_half_a_norm_of_local_crops_is_made_whole(tmp_path):
+    native = tiny_native(untie_global_and_local_cls_norm=True)
+    torch.save(native, tmp_path / "native.pth")
+    converted(tmp_path / "native.pth", tmp_path / "hub", "hf")
+    save_file({"local_cls_norm.weight": native["local_cls_norm.weight"]}, tmp_path / "hub" / "extras.safetensors")
+    _, written = converted(tmp_path / "hub", tmp_path / "back.pth", "native")
+    assert written.derived["local_cls_norm.bias"] == "a copy of norm: it acts in training only"
+    assert_same_bits(read_native(tmp_path / "back.pth"), native | {"local_cls_norm.bias": native["norm.bias"]})
 
 
 @pytest.mark.parametrize("where", ["installed", pytest.param("oldest", marks=pytest.mark.slow)])

@@ -124,6 +124,43 @@ def test_truncated_files(share, new_format, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_files_that_end_anywhere(tmp_path):
+    """Where it ends decides which error torch raises; some name no file."""
+    path = tmp_path / "a.pth"
+    torch.save({f"blocks.{number}.weight": torch.ones(32, 32) for number in range(40)}, path)
+    whole = path.read_bytes()
+    for end in range(1, len(whole), len(whole) // 30):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"a\.pth is damaged, or is no file of torch.save"):
+            read_torch_file(path)
+
+
+def test_two_entries_of_one_name(tmp_path):
+    torch.save({"teacher": {"norm.bias": torch.ones(2)}, "teacher.norm.bias": torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth is damaged.*\(two entries have the name teacher.norm.bias\)"):
+        read_torch_file(tmp_path / "a.pth")
+
+
+def test_tensors_without_values_are_no_tensors(tmp_path):
+    torch.save({"weight": torch.ones(2), "meta": torch.ones(2, device="meta")}, tmp_path / "a.pth")
+    content = read_torch_file(tmp_path / "a.pth")
+    assert content["weight"] is not None and content["meta"] is None
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_among_the_builtins_is_named(new_format, tmp_path):
+    """torch names these without their module."""
+
+    class Evaluated:
+        def __reduce__(self):
+            return eval, (f"open({str(tmp_path / 'trace')!r}, 'w')",)
+
+    torch.save({"payload": Evaluated()}, tmp_path / "a.pth", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(ValueError, match=r"a\.pth holds more than tensors \(eval\), and opening it could run code"):
+        read_torch_file(tmp_path / "a.pth")
+    assert not (tmp_path / "trace").exists()
+
+
 def test_numbers_that_changed_in_transport(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"weight": torch.zeros(1000)}, path)

@@ -97,6 +97,9 @@ def account(checkpoint: "Checkpoint", written: "Written") -> dict[str, Any]:
     # What the middle of the way does not hold, a mask of key biases for example, is no loss if the end has it again.
     lost = {name: reason for name, reason in checkpoint.dropped.items() if name not in written.derived}
     derived = {name: reason for name, reason in written.derived.items() if name not in checkpoint.dropped}
+    passing = checkpoint.derived.keys() & written.dropped.keys()  # and what only the middle has is in neither
+    derived |= {name: reason for name, reason in checkpoint.derived.items() if name not in passing}
+    lost |= {name: reason for name, reason in written.dropped.items() if name not in passing}
     return {
         "source": str(checkpoint.source),
         "format": checkpoint.format,
@@ -108,8 +111,8 @@ def account(checkpoint: "Checkpoint", written: "Written") -> dict[str, Any]:
         "source_tensors": checkpoint.num_source_tensors,
         "written_tensors": written.num_tensors,
         "written_bytes": written.num_bytes,
-        "derived": checkpoint.derived | derived,
-        "dropped": lost | written.dropped,
+        "derived": derived,
+        "dropped": lost,
         "differences": [*checkpoint.differences, *written.differences],
     }
 
@@ -144,7 +147,7 @@ def parse_size(text: str) -> int:
     Raises:
         ArgumentError: It is no size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?B|)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) *([KMG]?B|)", text.strip().upper())
     size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
     if size < 1:
         raise ArgumentError(f"--max_shard_size {text} is not a size; give for example 5GB.")

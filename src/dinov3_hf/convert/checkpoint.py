@@ -78,6 +78,8 @@ def read_checkpoint(source: str | Path, architecture: str | None = None, branch:
         OSError: It cannot be read.
     """
     source = Path(source)
+    if source.is_dir() and not (source / CONFIG_NAME).exists():
+        raise FileNotFoundError(f"{source} has no {CONFIG_NAME}; give a folder of transformers or timm, or a file.")
     given = None if architecture is None else architecture_config(architecture)
     if not source.is_dir():
         checkpoint = _from_state_dict(source, _read_file(source), None, given, architecture, branch)
@@ -91,7 +93,7 @@ def read_checkpoint(source: str | Path, architecture: str | None = None, branch:
 
 def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model with the values of the checkpoint, in their dtypes, in eval mode."""
-    model = _meta_model(checkpoint.config)
+    model = _meta_model(checkpoint)
     state = {name: tensor.read().clone() for name, tensor in checkpoint.tensors.items()}
     for name in model.state_dict().keys() - state.keys():
         # What acts in training only; where the source has none, a copy of the norm that acts otherwise.
@@ -109,7 +111,7 @@ def check_parameters(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: A parameter is missing, has another shape, is no floating-point number, or is unknown.
     """
-    model = _meta_model(checkpoint.config)
+    model = _meta_model(checkpoint)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     acting = {name: tensor for name, tensor in checkpoint.extras.items() if name in expected}
     found = checkpoint.tensors | acting
@@ -134,13 +136,15 @@ def check_parameters(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{checkpoint.source}: {name} has the dtype {tensor.dtype}, which no weights have.")
 
 
-def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    config = checkpoint.config
     _, model_class = BACKBONES[config.model_type]
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class(config)
     except Exception as error:  # sizes that no tensor can have raise whatever the layer raises
-        raise ValueError(f"the configuration describes no network ({' '.join(str(error).split())[:160]}).") from error
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{checkpoint.source}: the configuration describes no network ({reason}).") from error
     return model
 
 

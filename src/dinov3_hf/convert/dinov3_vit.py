@@ -220,11 +220,14 @@ def from_hf(ours: Tensors, config: DINOv3ViTConfig) -> Converted:
     extras = {name.removeprefix(WAY_BACK): tensor for name, tensor in ours.items() if name.startswith(WAY_BACK)}
     # Without register tokens their parameter is empty here, and absent there.
     kept = {name: tensor for name, tensor in ours.items() if not name.startswith(WAY_BACK) and 0 not in tensor.shape}
-    converted = Converted({})
-    if config.untie_global_and_local_cls_norm and f"{EXTRAS_PREFIX}weight" not in kept:
+    empty = [name for name in ours if not name.startswith(WAY_BACK) and name not in kept]
+    converted = Converted({}, dropped=dict.fromkeys(empty, "empty: the network has none"))
+    if config.untie_global_and_local_cls_norm:
         for name in [name for name in kept if name.startswith("norm.")]:
-            kept[name.replace("norm.", EXTRAS_PREFIX)] = kept[name]
-            converted.derived[name.replace("norm.", EXTRAS_PREFIX)] = "a copy of norm: it acts in training only"
+            local_name = name.replace("norm.", EXTRAS_PREFIX)
+            if local_name not in kept:
+                kept[local_name] = kept[name]
+                converted.derived[local_name] = "a copy of norm: it acts in training only"
 
     split = _keys(config).inverse().apply(kept)
     for name, tensor in split.items():
@@ -317,18 +320,24 @@ def _fuse_qkv(
     name, key_name = q_name.replace(".q.", ".qkv."), q_name.replace(".q.", ".k.")
     query, value = split[q_name], split[q_name.replace(".q.", ".v.")]  # (D, D) or (D,)
     masked = name.endswith(".bias") and not config.key_bias
-    key = (
-        extras.pop(key_name, LazyTensor.full(query.shape, 0, query.dtype))  # what the mask hides
-        if masked
-        else split[key_name]
-    )
+    if masked:
+        key = extras.pop(key_name, LazyTensor.full(query.shape, 0, query.dtype))  # what the mask hides
+        if (key.shape, key.dtype) != (query.shape, query.dtype):
+            raise ValueError(
+                f"{WAY_BACK}{key_name} in {EXTRAS_NAME} is {key.dtype} of shape {key.shape}, and the bias of the "
+                f"queries {query.dtype} of shape {query.shape}; remove it."
+            )
+    else:
+        key = split[key_name]
     converted.tensors[name] = concatenate([query, key, value])  # (3D, D) or (3D,)
     if masked:
-        mask_name = f"{name}_mask"
+        mask_name, dtype = f"{name}_mask", query.dtype
         if mask_name in extras:
-            converted.tensors[mask_name] = extras.pop(mask_name)
+            mask = extras.pop(mask_name)
+            if not torch.equal(mask.read().to(dtype), _bias_mask(config, dtype)):
+                raise ValueError(f"{WAY_BACK}{mask_name} in {EXTRAS_NAME} is not ones, zeros and ones; remove it.")
+            converted.tensors[mask_name] = mask
             return
-        dtype = query.dtype
         converted.tensors[mask_name] = LazyTensor((3 * config.hidden_size,), dtype, lambda: _bias_mask(config, dtype))
         converted.derived[mask_name] = "ones, zeros, ones: the network has no key bias"
 

@@ -87,9 +87,10 @@ def read_config(native: Tensors) -> DINOv3ViTConfig:
 
 def _num_blocks(native: Tensors) -> int:
     numbers = {int(match[1]) for name in native if (match := _BLOCK.match(name))}
-    missing = sorted(set(range(max(numbers) + 1)) - numbers)
-    if missing:
-        raise ValueError(f"the checkpoint has no block {missing[0]} of {max(numbers) + 1}; it is not whole.")
+    # One by one: the largest number can be any.
+    missing = next((number for number in range(max(numbers)) if number not in numbers), None)
+    if missing is not None:
+        raise ValueError(f"the checkpoint has no block {missing} of {max(numbers) + 1}; it is not whole.")
     return len(numbers)
 
 

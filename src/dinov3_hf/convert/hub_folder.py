@@ -51,12 +51,22 @@ def read_hub_folder(folder: Path) -> HubFolder:
         ValueError: A file is damaged, or the model is no DINOv3 backbone.
         OSError: A file is missing or cannot be read.
     """
-    # Some versions of transformers save the blocks of their classes as `model.layer.N`, `model.stages.N`.
-    tensors = {name.removeprefix("model."): tensor for name, tensor in read_weights(folder).items()}
+    tensors: dict[str, LazyTensor] = {}
+    for full_name, tensor in read_weights(folder).items():
+        # Some versions of transformers save the blocks of their classes as `model.layer.N`, `model.stages.N`.
+        name = full_name.removeprefix("model.")
+        if name in tensors:
+            raise ValueError(f"{folder} holds {name} and model.{name}, which are one parameter; remove one of them.")
+        tensors[name] = tensor
+    extras = _read_beside(folder / EXTRAS_NAME)
+    if twice := tensors.keys() & extras.keys():
+        raise ValueError(
+            f"{folder / EXTRAS_NAME} holds {min(twice)}, as the model's own files do; remove one of them."
+        )
     return HubFolder(
         config=_read_config(folder / CONFIG_NAME, len(tensors)),
         tensors=tensors,
-        extras=_read_beside(folder / EXTRAS_NAME),
+        extras=extras,
         heads=_read_beside(folder / HEADS_NAME),
         statistics=_read_statistics(folder / PROCESSOR_NAME),
     )

@@ -24,7 +24,7 @@ class ImageStatistics(NamedTuple):
     def read(cls, fields: Mapping[str, Any], mean: str, std: str) -> "ImageStatistics | None":
         """The lists under the names `mean` and `std`, if they are lists of as many numbers."""
         values = [fields.get(name) for name in (mean, std)]
-        lists = [value for value in values if isinstance(value, list) and all(isinstance(x, float) for x in value)]
+        lists = [value for value in values if isinstance(value, list) and all(type(x) in (int, float) for x in value)]
         if len(lists) != 2 or len(lists[0]) != len(lists[1]):
             return None
-        return cls(tuple(lists[0]), tuple(lists[1]))
+        return cls(tuple(map(float, lists[0])), tuple(map(float, lists[1])))

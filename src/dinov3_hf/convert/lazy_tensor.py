@@ -51,7 +51,7 @@ class LazyTensor:
 
     def chunk(self, count: int) -> list["LazyTensor"]:
         """Equal parts along the first axis."""
-        if self.shape[0] % count != 0:
+        if not self.shape or self.shape[0] % count != 0:
             raise ValueError(f"{self.shape} cannot be cut into {count} parts; check the checkpoint's architecture.")
         rows = self.shape[0] // count
 
@@ -64,7 +64,15 @@ class LazyTensor:
 
 
 def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The parts one after the other along the first axis; they have one dtype."""
+    """
+    The parts one after the other along the first axis.
+
+    Raises:
+        ValueError: They are not of one dtype.
+    """
+    dtypes = dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in parts)
+    if len(dtypes) > 1:
+        raise ValueError(f"tensors of {' and '.join(dtypes)} are to be one tensor; save the model in one dtype.")
     rows = sum(part.shape[0] for part in parts)
     return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
 

@@ -51,18 +51,18 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor | None]:
     """
     try:
         # Before zip archives torch wrote formats that cannot be mapped; these are read whole.
-        content = _read_archive(path) if zipfile.is_zipfile(path) else dict(_flatten(_load(path), LazyTensor.of))
+        content = _read_archive(path) if zipfile.is_zipfile(path) else _by_name(_load(path), LazyTensor.of)
     except pickle.UnpicklingError as error:
-        forbidden = re.search(r"GLOBAL (\w[\w.]*\.\w+)", str(error))
+        forbidden = re.search(r"GLOBAL (\w+(?:\.\w+)*)(?![\w.])", str(error))
         if forbidden is None:
             raise ValueError(f"{path} is damaged, or is no file of torch.save; copy it again.") from error
         raise ValueError(
             f"{path} holds more than tensors ({forbidden[1]}), and opening it could run code; nothing of it was run. "
             "If you trust it, save its tensors alone with torch and convert that file."
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # what torch and pickle raise for damaged files is of many types
+        if isinstance(error, OSError) and error.filename is not None:  # not for what stands in it
+            raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise ValueError(f"{path} is damaged, or is no file of torch.save ({reason}); copy it again.") from error
     if "" in content:
@@ -103,10 +103,10 @@ def _read_archive(path: Path) -> dict[str, LazyTensor | None]:
         return LazyTensor(shape, dtype, read)
 
     try:
-        return dict(_flatten(content, mapped))
+        return _by_name(content, mapped)
     except _DisplacedError:
         # Their places are computed, for archives that torch itself has laid out. Others are read whole.
-        return dict(_flatten(_load(path), LazyTensor.of))
+        return _by_name(_load(path), LazyTensor.of)
 
 
 def _checked_records(path: Path) -> dict[int, int]:
@@ -125,16 +125,30 @@ def _checked_records(path: Path) -> dict[int, int]:
     return records
 
 
+def _by_name(content: object, lazy: Callable[[Tensor], LazyTensor]) -> dict[str, LazyTensor | None]:
+    entries: dict[str, LazyTensor | None] = {}
+    for name, entry in _flatten(content, lazy):
+        if name in entries:
+            raise ValueError(f"two entries have the name {name}")
+        entries[name] = entry
+    return entries
+
+
 def _flatten(
     content: object, lazy: Callable[[Tensor], LazyTensor], prefix: str = ""
 ) -> Iterator[tuple[str, LazyTensor | None]]:
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _flatten(value, lazy, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(content, Tensor) and content.layout == torch.strided and content.dtype in _STORAGES:
+    elif isinstance(content, Tensor) and _is_plain(content):
         yield prefix, lazy(content.detach())
     else:
         yield prefix, None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # One on the meta device has no values.
+    return tensor.layout == torch.strided and tensor.dtype in _STORAGES and tensor.device.type == "cpu"
 
 
 class _DisplacedError(Exception):

@@ -72,6 +72,33 @@ def write_checkpoint(
     """
     target = Path(target)
     check_target(target, to)
+    try:
+        return _write(checkpoint, target, to, max_shard_size, progress)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.source}: {error}") from error
+
+
+def check_target(target: Path, to: str) -> None:
+    """
+    Refuse what could not be written, before anything is read.
+
+    Args:
+        target, to: As `write_checkpoint` has them.
+
+    Raises:
+        ArgumentError: `to` is no format, or `target` has not its suffix.
+        FileExistsError: `target` is there already.
+    """
+    known = (HUB, *dict.fromkeys(each.name for each in FORMATS))
+    if to not in known:
+        raise ArgumentError(f"format {to!r} is not known; use one of {', '.join(known)}.")
+    is_file = any(each.config_to_json is None for each in FORMATS if each.name == to)
+    if is_file and target.suffix not in TORCH_SUFFIXES:
+        raise ArgumentError(f"{target} is to be a file of torch; give it the suffix {' or '.join(TORCH_SUFFIXES)}.")
+    refuse_existing(target)
+
+
+def _write(checkpoint: Checkpoint, target: Path, to: str, max_shard_size: int, progress: Progress) -> Written:
     file_format = None if to == HUB else format_of(to, checkpoint.config)
     converted = Converted(checkpoint.tensors) if file_format is None else _convert(checkpoint, file_format)
 
@@ -108,26 +135,6 @@ def write_checkpoint(
         dropped=converted.dropped,
         differences=converted.differences,
     )
-
-
-def check_target(target: Path, to: str) -> None:
-    """
-    Refuse what could not be written, before anything is read.
-
-    Args:
-        target, to: As `write_checkpoint` has them.
-
-    Raises:
-        ArgumentError: `to` is no format, or `target` has not its suffix.
-        FileExistsError: `target` is there already.
-    """
-    known = (HUB, *dict.fromkeys(each.name for each in FORMATS))
-    if to not in known:
-        raise ArgumentError(f"format {to!r} is not known; use one of {', '.join(known)}.")
-    is_file = any(each.config_to_json is None for each in FORMATS if each.name == to)
-    if is_file and target.suffix not in TORCH_SUFFIXES:
-        raise ArgumentError(f"{target} is to be a file of torch; give it the suffix {' or '.join(TORCH_SUFFIXES)}.")
-    refuse_existing(target)
 
 
 def _convert(checkpoint: Checkpoint, file_format: FileFormat) -> Converted:
