@@ -9,4 +9,4 @@ from dinov3_hf.cli.errors import run
 from dinov3_hf.cli.main import parse_and_run
 
 if __name__ == "__main__":
-    run(lambda arguments: parse_and_run(["convert", *arguments, "--to", "hf"]))
+    run(lambda arguments: parse_and_run(["convert", "--to", "hf", *arguments]))
