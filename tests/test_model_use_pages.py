@@ -52,7 +52,9 @@ def test_auto_classes(desk):
         "assert features.shape == (1, 32)\n"
         "assert type(ours) is type(also_ours) is DINOv3ViTModel\n"
         "assert type(segmenter.backbone) is DINOv3ViTBackbone and type(backbone) is backbone_class\n"
-        "assert eomt.layers[0].attention.q_proj.weight.equal(ours.layer[0].attention.q_proj.weight)\n"
+        "again = EomtDinov3ForUniversalSegmentation.from_pretrained('eomt')\n"
+        "assert again.layers[0].attention.q_proj.weight.equal(ours.layer[0].attention.q_proj.weight)\n"
+        "assert again.layernorm.weight.equal(ours.norm.weight)\n"
     )
     run("\n".join([*here, checks]), desk)
     assert len(elsewhere) == 1
