@@ -32,13 +32,15 @@ def test_what_is_no_model_folder(tmp_path, capsys):
     assert "config.json is no JSON" in refusal(capsys, tmp_path, "me/m")
 
 
-def test_a_checkpoint(tmp_path, capsys):
+def test_a_checkpoint(tmp_path, capsys, monkeypatch):
     checkpoint = tmp_path / "checkpoint-20"
     save_tiny_vit(checkpoint / "teacher")
     said = refusal(capsys, checkpoint, "me/m")
     assert (
         f"{checkpoint} is a checkpoint with the state of a training run; push its model, {checkpoint}/teacher" in said
     )
+    monkeypatch.chdir(checkpoint)
+    assert ". is a checkpoint with the state of a training run; push its model, teacher." in refusal(capsys, ".", "m")
     save_tiny_vit(tmp_path / "stock")
     (tmp_path / "stock" / "optimizer.pt").write_text("x")
     assert "stock holds optimizer.pt, the state of a training run; save the model alone" in refusal(
@@ -83,6 +85,7 @@ def test_names_that_are_none(tmp_path, capsys, name):
 def test_cards_and_licences(tmp_path, capsys):
     save_tiny_vit(tmp_path)
     assert "did you mean apache-2.0?" in refusal(capsys, tmp_path, "me/m", "--license", "apache2")
+    assert "did you mean mit?" in refusal(capsys, tmp_path, "me/m", "--license", "MIT")
     (tmp_path / "README.md").write_text("---\nlicense: other\n---\n")
     assert "license: other in README.md needs a license_name" in refusal(capsys, tmp_path, "me/m")
     assert "README.md has been edited; write `license: mit` into its front matter" in refusal(
@@ -90,6 +93,8 @@ def test_cards_and_licences(tmp_path, capsys):
     )
     (tmp_path / "README.md").write_text("---\ntags: 3\n---\n")
     assert "tags 3 of README.md is not a list of texts" in refusal(capsys, tmp_path, "me/m")
+    (tmp_path / "README.md").write_bytes("Modèle".encode("latin-1"))
+    assert "README.md is no text in UTF-8" in refusal(capsys, tmp_path, "me/m")
 
 
 def test_no_network(tmp_path, capsys):

@@ -147,6 +147,30 @@ def test_a_convnext(tmp_path):
     assert "import DINOv3ConvNextModel" in text
 
 
+@pytest.mark.parametrize(
+    ("processor", "says"),
+    [
+        ({"size": {"shortest_edge": 224}}, "| image size | 224 px, the short side; others work too |"),
+        ({"size": {"height": 48, "width": 32}}, "| image size | 48 x 32 px; others work too |"),
+        ({"image_mean": [0.5], "image_std": [0.2]}, "| normalisation | mean [0.5], standard deviation [0.2] |"),
+        ({"do_resize": False}, None),
+    ],
+)
+def test_image_processors_of_others(tmp_path, processor, says):
+    save_tiny_vit(tmp_path / "m")
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(processor))
+    text = card_of(tmp_path / "m")
+    assert [line for line in text.splitlines() if line.startswith(("| image size", "| normalisation"))] == (
+        [says] if says else []
+    )
+
+
+def test_what_a_configuration_leaves_out_has_its_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit", "hidden_size": 24}')
+    text = card_of(tmp_path)
+    assert "ViT with 12 blocks of width 24 and patches of 16 px" in text and "[CLS, patches]" in text
+
+
 def test_other_models_get_no_card(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="holds a 'bert' model, not a DINOv3 backbone"):
@@ -173,6 +197,9 @@ def test_a_card_is_ours_until_somebody_edits_it(tmp_path):
         path.write_text(edited)
         assert not write_model_card(tmp_path / "m")
         assert path.read_text() == edited
+    path.write_bytes("Modèle".encode("latin-1"))
+    assert not write_model_card(tmp_path / "m")
+    assert path.read_bytes() == "Modèle".encode("latin-1")
 
 
 def test_an_edited_card_survives_its_folder(tmp_path):

@@ -236,6 +236,21 @@ def test_a_push_that_is_killed_can_be_repeated(hub, client, folder):
     assert on_hub(hub) == MODEL_FILES | {"extras.safetensors"}
 
 
+def test_ctrl_c_ends_at_once(hub, client, folder):
+    save_tiny_vit(folder, untie_global_and_local_cls_norm=True)  # two large files, sent from threads
+    hub.fail("upload", HOLD)
+    pid = client.start(folder, "me/tiny")
+    assert hub.held.wait(60)
+    os.kill(pid, signal.SIGINT)
+    status, _, error = client.wait(pid)  # the server still holds the request
+    assert status == 130
+    assert error.endswith("\ninterrupted; the same command goes on\n")
+    assert not hub.release.is_set() and on_hub(hub) == set()
+    hub.release.set()
+    assert client.push(folder, "me/tiny")[0] == 0
+    assert on_hub(hub) == MODEL_FILES | {"extras.safetensors"}
+
+
 def test_nobody_is_logged_in(hub, client, folder):
     status, _, error = client.push(folder, "me/tiny", HF_TOKEN="")
     assert status == 1

@@ -1,6 +1,7 @@
 """The teacher of a run goes to the Hub when the run has ended, and is not lost when that fails."""
 
 import json
+import shlex
 
 from huggingface_hub import ModelCard
 
@@ -16,6 +17,11 @@ folder, fields = {arguments!r}
 trainer = make_trainer(Path(folder), max_steps=2, push_to_hub=True, **fields)
 trainer.train()
 print(trainer.push_to_hub())
+"""
+FAILING = """
+from pathlib import Path
+from tests.training.test_ssl_trainer import make_trainer
+make_trainer(Path({folder!r}), max_steps=1, hub_model_id="me/m").push_to_hub(revision="v2")
 """
 SCRIPT = """
 import runpy, sys
@@ -50,6 +56,18 @@ def test_push_to_hub_of_the_trainer(hub, client, tmp_path):
     saved = tmp_path / "run" / "teacher" / "model.safetensors"
     assert hub.repositories["me/run"].files()["model.safetensors"] == saved.read_bytes()
     assert hub.kinds().count("commit") == 1
+
+
+def test_the_command_that_repeats_a_push(hub, client, tmp_path):
+    hub.fail("commit", 500)
+    folder = tmp_path / "my run"
+    status, _, error = client.run(FAILING.format(folder=str(folder)))
+    assert status == 1
+    command = error.splitlines()[-1].partition(" The command is: ")[2]
+    assert shlex.split(command) == ["dinov3-hf", "push", str(folder / "teacher"), "me/m", "--revision", "v2"]
+    status, _, error = client.push(*shlex.split(command)[2:])
+    assert status == 0, error
+    assert "model.safetensors" in hub.repositories["me/m"].files("v2")
 
 
 def run_script(client, tmp_path, *arguments):

@@ -1,8 +1,12 @@
 """`dinov3-hf push`: a model folder becomes a repository of the Hub."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,9 +51,10 @@ def push(
     from dinov3_hf.hub.push import PushError, push_folder
 
     try:
-        pushed = push_folder(
-            folder, repository, private=private or None, license=license, revision=revision, message=message
-        )
+        with ending_at_once():
+            pushed = push_folder(
+                folder, repository, private=private or None, license=license, revision=revision, message=message
+            )
     except PushError:
         print(file=sys.stderr)  # a progress bar may stand in the line
         raise
@@ -57,6 +62,21 @@ def push(
         print(json.dumps({**dataclasses.asdict(pushed), "folder": str(pushed.folder)}, indent=2))
     else:
         show(pushed)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process there and then: `huggingface_hub` would first send the files under way to their end."""
+
+    def end(*_: object) -> None:
+        print("\ninterrupted; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show(pushed: "Pushed") -> None:

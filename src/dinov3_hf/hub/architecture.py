@@ -9,9 +9,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import NATIVE_MODEL_TYPE, STOCK_MODEL_TYPE
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextNativeConfig,
+)
+from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
 
 WEIGHTS = "model*.safetensors"
+_VIT = (DINOv3ViTConfig.model_type, DINOv3ViTNativeConfig.model_type)
+_CONVNEXT = (DINOv3ConvNextConfig.model_type, DINOv3ConvNextNativeConfig.model_type)
 
 
 @dataclass(frozen=True)
@@ -46,18 +52,20 @@ def read_architecture(folder: Path) -> Architecture:
         FileNotFoundError: there is no `config.json`.
         ValueError: it is damaged, or describes no DINOv3 backbone.
     """
-    config = read_json(folder / "config.json")
-    model_type = config.get("model_type")
-    if model_type in (STOCK_MODEL_TYPE, NATIVE_MODEL_TYPE):
-        words = _vit(config)
-    elif model_type in ("dinov3_convnext", "dinov3_convnext_native"):
-        words = _convnext(config)
+    fields = read_json(folder / "config.json")
+    model_type = fields.get("model_type")
+    if model_type in _VIT:
+        words = _vit(DINOv3ViTConfig.from_pretrained(folder))
+    elif model_type in _CONVNEXT:
+        words = _convnext(DINOv3ConvNextConfig.from_pretrained(folder))
     else:
         raise ValueError(
-            f"{folder} holds a {model_type!r} model, not a DINOv3 backbone; write its README.md yourself."
+            f"{folder} holds a {model_type!r} model, not a DINOv3 backbone; publish it with its own push_to_hub."
         )
     return Architecture(
-        **words, is_stock=not model_type.endswith("_native"), has_remote_code="AutoModel" in config.get("auto_map", {})
+        **words,
+        is_stock=model_type in (_VIT[0], _CONVNEXT[0]),
+        has_remote_code="AutoModel" in fields.get("auto_map", {}),
     )
 
 
@@ -112,28 +120,29 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path} is no whole safetensors file ({error}); save the model again.") from error
 
 
-def _vit(config: Mapping[str, Any]) -> dict[str, Any]:
-    gate = "gated, " if config["use_gated_mlp"] else ""
+def _vit(config: DINOv3ViTConfig) -> dict[str, Any]:
+    gate = "gated, " if config.use_gated_mlp else ""
+    registers = f" {config.num_register_tokens} register tokens," if config.num_register_tokens else ""
     return {
-        "summary": f"ViT with {config['num_hidden_layers']} blocks of width {config['hidden_size']} "
-        f"and patches of {config['patch_size']} px",
+        "summary": f"ViT with {config.num_hidden_layers} blocks of width {config.hidden_size} "
+        f"and patches of {config.patch_size} px",
         "details": {
-            "attention heads": config["num_attention_heads"],
-            "FFN": f"{gate}{config['intermediate_size']} wide",
-            "register tokens": config["num_register_tokens"],
-            "channels": config["num_channels"],
+            "attention heads": config.num_attention_heads,
+            "FFN": f"{gate}{config.intermediate_size} wide",
+            "register tokens": config.num_register_tokens,
+            "channels": config.num_channels,
         },
         "pooled": "the normalised CLS token",
-        "tokens": f"[CLS, {config['num_register_tokens']} register tokens, patches]",
+        "tokens": f"[CLS,{registers} patches]",
         "model_class": "DINOv3ViTModel",
     }
 
 
-def _convnext(config: Mapping[str, Any]) -> dict[str, Any]:
-    depths, widths = (", ".join(map(str, config[name])) for name in ("depths", "hidden_sizes"))
+def _convnext(config: DINOv3ConvNextConfig) -> dict[str, Any]:
+    depths, widths = (", ".join(map(str, sizes)) for sizes in (config.depths, config.hidden_sizes))
     return {
-        "summary": f"ConvNeXt with {len(config['depths'])} stages",
-        "details": {"blocks of each stage": depths, "widths": widths, "channels": config["num_channels"]},
+        "summary": f"ConvNeXt with {len(config.depths)} stages",
+        "details": {"blocks of each stage": depths, "widths": widths, "channels": config.num_channels},
         "pooled": "the normalised mean of the last feature map",
         "tokens": "[that feature, patches]",
         "model_class": "DINOv3ConvNextModel",

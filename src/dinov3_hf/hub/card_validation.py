@@ -112,7 +112,9 @@ def check_license(license: str, license_name: str | None = None) -> None:
         ValueError: the Hub does not know it, or it is "other" without a name.
     """
     if license not in LICENSES:
-        remedy = did_you_mean(license, LICENSES, "for one that is not in the Hub's list write `license: other`.")
+        remedy = did_you_mean(
+            license.lower(), LICENSES, "for one that is not in the Hub's list write `license: other`."
+        )
         raise ValueError(f"license {license!r} is none that the Hub knows; {remedy}")
     if license == OTHER and not license_name:
         raise ValueError("license: other in README.md needs a license_name; add license_name and license_link.")

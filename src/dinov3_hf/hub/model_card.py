@@ -124,8 +124,7 @@ def write_model_card(
         FileNotFoundError: there is no `config.json`.
         ValueError: the Hub does not know the licence, or the folder holds no backbone.
     """
-    path = folder / CARD
-    if path.exists() and not is_generated(path.read_text(encoding="utf-8")):
+    if _has_edited_card(folder):
         return False
     card = model_card(
         folder,
@@ -136,7 +135,7 @@ def write_model_card(
         results=results,
         datasets=datasets,
     )
-    path.write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
     return True
 
 
@@ -185,8 +184,14 @@ def keep_edited_card(old: Path, new: Path) -> None:
         old: need not exist.
         new: exists.
     """
-    if (old / CARD).is_file() and not is_generated((old / CARD).read_text(encoding="utf-8")):
+    if _has_edited_card(old):
         shutil.copyfile(old / CARD, new / CARD)
+
+
+def _has_edited_card(folder: Path) -> bool:
+    path = folder / CARD
+    # A card in another encoding than ours is somebody's own.
+    return path.is_file() and not is_generated(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def is_generated(text: str) -> bool:
@@ -258,11 +263,16 @@ def _images(folder: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     processor = read_json(path)
-    size = processor["size"]
-    return {
-        "image size": f"{size['height']} x {size['width']} px; others work too",
-        "normalisation": f"mean {processor['image_mean']}, standard deviation {processor['image_std']}",
-    }
+    facts: dict[str, object] = {}
+    match processor.get("size"):
+        case {"height": height, "width": width}:
+            facts["image size"] = f"{height} x {width} px; others work too"
+        case {"shortest_edge": side}:
+            facts["image size"] = f"{side} px, the short side; others work too"
+    match processor:
+        case {"image_mean": mean, "image_std": std}:
+            facts["normalisation"] = f"mean {mean}, standard deviation {std}"
+    return facts
 
 
 def _usage(network: Architecture) -> str:

@@ -33,7 +33,7 @@ def find_model_folder(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} is no folder; name one that has a {CONFIG}.")
     teacher = folder / TEACHER
     if (teacher / CONFIG).is_file():
-        if folder.name.startswith("checkpoint-"):
+        if folder.resolve().name.startswith("checkpoint-"):
             raise ValueError(f"{folder} is a checkpoint with the state of a training run; push its model, {teacher}.")
         return teacher
     if not (folder / CONFIG).is_file():

@@ -151,7 +151,10 @@ def _card(folder: Path, repository: str, license: str | None) -> str:
     path = folder / CARD
     if not path.is_file():
         return model_card(folder, title=repository.rpartition("/")[2], license=license)
-    card = path.read_text(encoding="utf-8")
+    try:
+        card = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}); save it in that encoding.") from error
     if license is None:
         return card
     if not is_generated(card):
@@ -165,7 +168,7 @@ def _has_edited_card(api: HfApi, repository: str, revision: str | None) -> bool:
             path = Path(api.hf_hub_download(repository, CARD, revision=revision, local_dir=folder))
         except EntryNotFoundError:
             return False
-        card = path.read_text(encoding="utf-8")
+        card = path.read_text(encoding="utf-8", errors="replace")
     return not is_generated(card) and _BLANK_CARD not in card
 
 

@@ -18,6 +18,7 @@ All overrides of the Trainer's internals are in this file:
 """
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -459,19 +460,21 @@ class SSLTrainer(Trainer):
     ) -> str:
         """What `push_to_hub` does, with a teacher that has been saved already."""
         args = self.args
+        revision = revision or args.hub_revision
         repository = self.hub_model_id or args.hub_model_id or Path(args.output_dir or ".").resolve().name
         try:
             pushed = push_folder(
                 teacher,
                 repository,
                 private=args.hub_private_repo if private is None else private,
-                revision=revision or args.hub_revision,
+                revision=revision,
                 message=message,
                 token=token or args.hub_token,
             )
         except PushError as error:
-            branch = f" --revision {args.hub_revision}" if args.hub_revision else ""
-            raise PushError(f"{error} The command is: dinov3-hf push {teacher} {repository}{branch}") from error
+            branch = ["--revision", revision] if revision else []
+            command = shlex.join(["dinov3-hf", "push", str(teacher), repository, *branch])
+            raise PushError(f"{error} The command is: {command}") from error
         return pushed.url
 
     def _write_teacher(self, folder: Path) -> None:
