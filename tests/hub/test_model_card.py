@@ -4,7 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
+from transformers import AutoImageProcessor
 
 from dinov3_hf.convert.checkpoint import read_checkpoint
 from dinov3_hf.convert.writing import write_checkpoint
@@ -18,6 +21,7 @@ from dinov3_hf.hub.model_card import (
     with_license,
     write_model_card,
 )
+from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from tests.testing_utils import save_tiny_vit
 
 RESULT = EvalResult(
@@ -163,6 +167,38 @@ def test_image_processors_of_others(tmp_path, processor, says):
     assert [line for line in text.splitlines() if line.startswith(("| image size", "| normalisation"))] == (
         [says] if says else []
     )
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "image", "options", "says"),
+    [
+        (1, Image.new("L", (40, 30)), {}, '# image: a grey PIL image (mode "L"), or a list of them'),
+        (
+            5,
+            torch.rand(5, 30, 40),
+            {"input_data_format": "channels_first"},
+            '# image: with input_data_format="channels_first" a tensor (5, height, width), or a list of them',
+        ),
+    ],
+)
+def test_images_of_other_channels(tmp_path, num_channels, image, options, says):
+    model = save_tiny_vit(tmp_path / "m", num_channels=num_channels)
+    processor = build_image_processor("web", 32)
+    processor.image_mean = processor.image_std = [0.5] * num_channels
+    processor.save_pretrained(tmp_path / "m")
+    assert says in card_of(tmp_path / "m")
+    shown = AutoImageProcessor.from_pretrained(tmp_path / "m")(images=image, return_tensors="pt", **options)
+    assert model(**shown).pooler_output.shape == (1, 24)
+
+
+def test_a_variant_without_its_code_needs_this_package(tmp_path):
+    save_tiny_vit(tmp_path / "m", norm_type="rmsnorm")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "auto_map"}))
+    text = card_of(tmp_path / "m")
+    assert "Install `dinov3_hf`: transformers has no class for this variant." in text
+    assert "trust_remote_code" not in text and "import DINOv3ViTModel" in text
 
 
 def test_what_a_configuration_leaves_out_has_its_default(tmp_path):

@@ -82,7 +82,7 @@ def assert_whole_blocks(model: torch.nn.Module, places: dict) -> None:
         ("vit7b16", torch.bfloat16, {0: 16 * GB, 1: 16 * GB}, {0: 13.43}),
         ("vit7b16", torch.float32, {0: 16 * GB, 1: 16 * GB}, {0: 14.78, 1: 12.08}),
         ("vit7b16", torch.float32, {0: 24 * GB, 1: 24 * GB}, {0: 22.84, 1: 4.03}),
-        ("vit7b16", torch.bfloat16, {0: 8 * GB, 1: 8 * GB}, {0: 7.40, 1: 6.04}),
+        ("vit7b16", torch.bfloat16, {0: 8 * GB, 1: 8 * GB}, {0: 7.39, 1: 6.04}),
         ("vit7b16", torch.bfloat16, {0: 4 * GB, "cpu": 64 * GB}, {0: 3.36, "cpu": 10.07}),
     ],
 )

@@ -28,6 +28,7 @@ class Architecture:
     Attributes:
         summary: for example "ViT with 12 blocks of width 384 and patches of 16 px".
         details: further facts, name -> value.
+        num_channels: of an image.
         pooled: what `pooler_output` is.
         tokens: what `last_hidden_state` holds.
         model_class: of this package.
@@ -37,6 +38,7 @@ class Architecture:
 
     summary: str
     details: Mapping[str, object]
+    num_channels: int
     pooled: str
     tokens: str
     model_class: str
@@ -132,6 +134,7 @@ def _vit(config: DINOv3ViTConfig) -> dict[str, Any]:
             "register tokens": config.num_register_tokens,
             "channels": config.num_channels,
         },
+        "num_channels": config.num_channels,
         "pooled": "the normalised CLS token",
         "tokens": f"[CLS,{registers} patches]",
         "model_class": "DINOv3ViTModel",
@@ -143,6 +146,7 @@ def _convnext(config: DINOv3ConvNextConfig) -> dict[str, Any]:
     return {
         "summary": f"ConvNeXt with {len(config.depths)} stages",
         "details": {"blocks of each stage": depths, "widths": widths, "channels": config.num_channels},
+        "num_channels": config.num_channels,
         "pooled": "the normalised mean of the last feature map",
         "tokens": "[that feature, patches]",
         "model_class": "DINOv3ConvNextModel",

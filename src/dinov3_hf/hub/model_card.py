@@ -70,13 +70,15 @@ It has no classifier and knows no words. Test it on your own data before you rel
 ```
 """
 
+# What the image processor takes, by the number of channels.
+_IMAGES = {1: 'a grey PIL image (mode "L")', 3: "a PIL image"}
 _WITH_TRANSFORMERS = """```python
 from transformers import AutoImageProcessor, AutoModel
 
 folder = "."  # where this file is, or the name of its repository on the Hub
 processor = AutoImageProcessor.from_pretrained(folder)
 model = AutoModel.from_pretrained(folder{options})
-outputs = model(**processor(images=image, return_tensors="pt"))  # image: a PIL image, or a list of them
+outputs = model(**processor(images=image, return_tensors="pt"))  # image: {image}, or a list of them
 ```"""
 _WITH_THIS_PACKAGE = """```python
 from dinov3_hf import {model_class}
@@ -90,7 +92,7 @@ from transformers import AutoImageProcessor
 folder = "."  # where this file is, or the name of its repository on the Hub
 processor = AutoImageProcessor.from_pretrained(folder)
 model = {model_class}.from_pretrained(folder)
-outputs = model(**processor(images=image, return_tensors="pt"))  # image: a PIL image, or a list of them
+outputs = model(**processor(images=image, return_tensors="pt"))  # image: {image}, or a list of them
 ```"""
 
 
@@ -277,10 +279,15 @@ def _images(folder: Path) -> dict[str, object]:
 
 def _usage(network: Architecture) -> str:
     ours = _WITH_THIS_PACKAGE.format(model_class=network.model_class)
+    # The image processor recognises the channels of an array by their number, which is 1 or 3.
+    others = f'with input_data_format="channels_first" a tensor ({network.num_channels}, height, width)'
+    image = _IMAGES.get(network.num_channels, others)
     if network.is_stock:
-        return f"{_WITH_TRANSFORMERS.format(options='')}\n\nThe class of `dinov3_hf`, to train it further:\n\n{ours}"
+        stock = _WITH_TRANSFORMERS.format(options="", image=image)
+        return f"{stock}\n\nThe class of `dinov3_hf`, to train it further:\n\n{ours}"
     reason = "transformers has no class for this variant."
     if network.has_remote_code:
-        stock = _WITH_TRANSFORMERS.format(options=", trust_remote_code=True")
+        stock = _WITH_TRANSFORMERS.format(options=", trust_remote_code=True", image=image)
         return f"{stock}\n\nThe code comes with the model: {reason} With `dinov3_hf` installed:\n\n{ours}"
-    return f"Install `dinov3_hf`: {reason}\n\n{_WITH_THIS_PACKAGE_ALONE.format(model_class=network.model_class)}"
+    alone = _WITH_THIS_PACKAGE_ALONE.format(model_class=network.model_class, image=image)
+    return f"Install `dinov3_hf`: {reason}\n\n{alone}"
