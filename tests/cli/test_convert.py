@@ -67,7 +67,7 @@ def test_a_branch_is_chosen(tmp_path, capsys):
     ("arguments", "status", "says"),
     [
         (["absent.pth", "new", "--to", "hf"], 1, "absent.pth does not exist; give a file or a folder (`hf download"),
-        (["native.pth", "new.pth", "--to", "nativ"], 2, "Invalid value for '--to'"),
+        (["native.pth", "new.pth", "--to", "onnx"], 2, "Invalid value for '--to'"),
         (["native.pth", "new", "--to", "native"], 2, "new is to be a file of torch; give it the suffix .pth or .pt."),
         (["native.pth", "new"], 2, "Missing option '--to'"),
         (["native.pth", "taken", "--to", "hf"], 1, "taken exists already; remove it or choose another name."),

@@ -53,7 +53,10 @@ def test_a_card_without_front_matter_is_one():
         (front("tags: [1, 2]"), r"tags \[1, 2\] of README.md is not a list of texts"),
         (front("tags: {a: b}"), r"tags .* of README.md is not a list of texts"),
         (front("datasets: 3"), r"datasets 3 of README.md is not a list of texts"),
-        (front("pipeline_tag: image-features"), r"pipeline_tag 'image-features' .* did you mean image-feature-extrac"),
+        (
+            front("pipeline_tag: image-features"),
+            r"pipeline_tag 'image-features' .* did you mean image-feature-extraction",
+        ),
         (front("language: English"), r"language 'English' of README.md is no code of ISO 639"),
         (front("language: no"), r"language False .* is no code"),  # YAML's no
         (front("model-index: []"), r"model-index of README.md"),
