@@ -81,6 +81,13 @@ def test_a_native_variant_brings_its_code(hub, client, tmp_path):
     assert "states no licence; --license ID states one" in error
 
 
+def test_a_missing_image_processor_is_said(hub, client, folder):
+    (folder / "preprocessor_config.json").unlink()
+    status, _, error = client.push(folder, "me/tiny", "--license", "mit")
+    assert status == 0
+    assert "no preprocessor_config.json says how images are prepared" in error
+
+
 def test_the_output_folder_of_a_run(hub, client, tmp_path):
     save_tiny_vit(tmp_path / "run" / "teacher")
     (tmp_path / "run" / "trainer_state.json").write_text("{}")

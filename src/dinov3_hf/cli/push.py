@@ -82,6 +82,11 @@ def ending_at_once() -> Iterator[None]:
 def show(pushed: "Pushed") -> None:
     if pushed.left_out:
         print(f"left out: {', '.join(pushed.left_out)}", file=sys.stderr)
+    if "preprocessor_config.json" not in pushed.files:
+        print(
+            "no preprocessor_config.json says how images are prepared; save the image processor beside the model",
+            file=sys.stderr,
+        )
     if pushed.kept_card:
         print("the model card on the Hub has been edited; it was left alone", file=sys.stderr)
     elif not pushed.has_license:
