@@ -19,16 +19,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
-from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
-from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES
 
 # Families that this package computes itself; everything else is opened by `AutoModel`.
-OUR_MODELS: dict[str, type[PreTrainedModel]] = {
-    "dinov3_vit": DINOv3ViTModel,
-    "dinov3_vit_native": DINOv3ViTModel,
-    "dinov3_convnext": DINOv3ConvNextModel,
-    "dinov3_convnext_native": DINOv3ConvNextModel,
-}
+OUR_MODELS = {model_type: model_class for model_type, (_, model_class) in BACKBONES.items()}
 
 MODEL_FILES = ("config.json", "preprocessor_config.json")
 _SAME_MODEL = "give a folder in which both are of the same model."

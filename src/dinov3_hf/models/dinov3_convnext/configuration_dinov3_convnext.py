@@ -1,6 +1,5 @@
 """Configuration of the DINOv3 ConvNeXt."""
 
-import os
 from dataclasses import field
 from typing import Any
 
@@ -9,22 +8,17 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from dinov3_hf.models.dinov3_convnext.presets import PRESETS
 from dinov3_hf.models.field_checks import check_drop_path_rate, check_integer, preset_fields
-from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
+from dinov3_hf.models.native_variants import NativeVariantsConfigMixin
 
 STOCK_MODEL_TYPE = "dinov3_convnext"
 NATIVE_MODEL_TYPE = "dinov3_convnext_native"
-
-# In the file of a network that transformers cannot represent, `layer_scale_init_value` stands under this name and is
-# itself null. A class of transformers that is given such a file by hand only warns about the model type, would load
-# the weights and return something else; a null in this field it refuses.
-_NATIVE_LAYER_SCALE = "native_layer_scale_init_value"
 
 # The class of transformers refuses an integer in these fields.
 _FLOAT_FIELDS = ("initializer_range", "layer_norm_eps", "layer_scale_init_value", "drop_path_rate")
 _STEM_STRIDE = 4
 
 
-class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConfig):
+class DINOv3ConvNextConfig(NativeVariantsConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`DINOv3ConvNextModel`] and [`DINOv3ConvNextBackbone`]. It has all fields of the configuration of
     the same name in transformers, with the same defaults, and the options of the original implementation.
@@ -58,6 +52,10 @@ class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTraine
     """
 
     model_type = STOCK_MODEL_TYPE
+    family = "DINOv3 ConvNeXt"
+    stock_model_type = STOCK_MODEL_TYPE
+    native_model_type = NATIVE_MODEL_TYPE
+    hidden_field = "layer_scale_init_value"
     remote_code_module = "modeling_dinov3_convnext"
     remote_code_classes = {
         "AutoConfig": "DINOv3ConvNextNativeConfig",
@@ -79,9 +77,7 @@ class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTraine
     patch_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        layer_scale = kwargs.pop(_NATIVE_LAYER_SCALE, None)
-        if layer_scale is not None:
-            self.layer_scale_init_value = layer_scale
+        self.restore_hidden_field(kwargs)
         self.validate_architecture()
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_stages + 1))]
         self.set_output_features_output_indices(
@@ -145,33 +141,6 @@ class DINOv3ConvNextConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTraine
             for index, value in enumerate(self.__dict__[name]):
                 check_integer(f"{name}[{index}]", value, minimum=1)
         check_drop_path_rate(self.drop_path_rate)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, with the `model_type` under which the network is to be opened."""
-        fields = super().to_dict()
-        if self.is_stock_representable:
-            return {**fields, "model_type": STOCK_MODEL_TYPE}
-        layer_scale = {_NATIVE_LAYER_SCALE: self.layer_scale_init_value, "layer_scale_init_value": None}
-        return {**fields, **layer_scale, "model_type": NATIVE_MODEL_TYPE}
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """
-        The fields found at a folder or Hub id; both of our model types are read by both configuration classes.
-
-        Raises:
-            ValueError: The checkpoint is of another architecture.
-        """
-        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found = fields.get("model_type", cls.model_type)
-        if found not in (STOCK_MODEL_TYPE, NATIVE_MODEL_TYPE):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {found!r} model, not a DINOv3 ConvNeXt; "
-                f"use a checkpoint of model_type {STOCK_MODEL_TYPE} or {NATIVE_MODEL_TYPE}."
-            )
-        return {**fields, "model_type": cls.model_type}, kwargs
 
 
 class DINOv3ConvNextNativeConfig(DINOv3ConvNextConfig):

@@ -1,6 +1,5 @@
 """Configuration of the DINOv3 vision transformer."""
 
-import os
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -8,15 +7,10 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from dinov3_hf.models.dinov3_vit.presets import PRESETS
 from dinov3_hf.models.field_checks import check_drop_path_rate, check_integer, preset_fields
-from dinov3_hf.models.remote_code import RemoteCodeConfigMixin
+from dinov3_hf.models.native_variants import NativeVariantsConfigMixin
 
 STOCK_MODEL_TYPE = "dinov3_vit"
 NATIVE_MODEL_TYPE = "dinov3_vit_native"
-
-# In the file of a network that transformers cannot represent, `rope_theta` stands under this name and is itself null.
-# A class of transformers that is given such a file by hand only warns about the model type, would load the weights
-# and compute something else; a null in this field it refuses.
-_NATIVE_ROPE_THETA = "native_rope_theta"
 
 NORM_TYPES = ("layernorm", "rmsnorm")
 COORDINATE_NORMALIZATIONS = ("separate", "min", "max")
@@ -33,7 +27,7 @@ _POSITIVE_FIELDS = (
 )
 
 
-class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConfig):
+class DINOv3ViTConfig(NativeVariantsConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`DINOv3ViTModel`] and [`DINOv3ViTBackbone`]. It has all fields of the configuration of the same
     name in transformers, with the same defaults, and the options of the original implementation.
@@ -116,6 +110,10 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
     """
 
     model_type = STOCK_MODEL_TYPE
+    family = "DINOv3 ViT"
+    stock_model_type = STOCK_MODEL_TYPE
+    native_model_type = NATIVE_MODEL_TYPE
+    hidden_field = "rope_theta"
     remote_code_module = "modeling_dinov3_vit"
     remote_code_classes = {
         "AutoConfig": "DINOv3ViTNativeConfig",
@@ -164,9 +162,7 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
     rope_augmentation_per_block: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        theta = kwargs.pop(_NATIVE_ROPE_THETA, None)
-        if theta is not None:
-            self.rope_theta = theta
+        self.restore_hidden_field(kwargs)
         self.validate_architecture()
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
         self.set_output_features_output_indices(
@@ -272,33 +268,6 @@ class DINOv3ViTConfig(RemoteCodeConfigMixin, BackboneConfigMixin, PreTrainedConf
                 raise ValueError(
                     f"{name} {factor} is below 1, but factors are drawn from [1/x, x]; use {1 / factor:g}."
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, with the `model_type` under which the network is to be opened."""
-        fields = super().to_dict()
-        if self.is_stock_representable:
-            return {**fields, "model_type": STOCK_MODEL_TYPE}
-        theta = {_NATIVE_ROPE_THETA: self.rope_theta, "rope_theta": None}
-        return {**fields, **theta, "model_type": NATIVE_MODEL_TYPE}
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """
-        The fields found at a folder or Hub id; both of our model types are read by both configuration classes.
-
-        Raises:
-            ValueError: The checkpoint is of another architecture.
-        """
-        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found = fields.get("model_type", cls.model_type)
-        if found not in (STOCK_MODEL_TYPE, NATIVE_MODEL_TYPE):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {found!r} model, not a DINOv3 ViT; "
-                f"use a checkpoint of model_type {STOCK_MODEL_TYPE} or {NATIVE_MODEL_TYPE}."
-            )
-        return {**fields, "model_type": cls.model_type}, kwargs
 
 
 class DINOv3ViTNativeConfig(DINOv3ViTConfig):
