@@ -57,6 +57,7 @@ def main(folder):
             outputs_of(model, source, pixels, inputs["mask"]), folder / f"outputs/ours_{source.name}.safetensors"
         )
 
+        torch.manual_seed(0)
         theirs = AutoModel.from_config(AutoConfig.from_pretrained(source))
         with torch.no_grad():
             for parameter in theirs.parameters():
