@@ -37,7 +37,7 @@ def check_param_groups(content: dict[str, Any], compare: Comparison) -> None:
                 for field, value, expected in (
                     ("lr_multiplier", ours.lr_multiplier, recorded["lr_multiplier"]),
                     ("wd_multiplier", ours.weight_decay_multiplier, recorded["wd_multiplier"]),
-                    ("is_last_layer", ours.is_last_layer, recorded["is_last_layer"]),
+                    ("is_last_layer", ours.rate == "last_layer_lr", recorded["is_last_layer"]),
                 ):
                     compare.check_pair(f"{network}/{name}/{field}", value, expected, RTOL)
 

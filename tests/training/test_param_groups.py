@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel
 
+from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig as OurConvNextConfig
+from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel as OurConvNextModel
 from dinov3_hf.models.dinov3_pretraining.prototype_head import PrototypeHead
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
@@ -28,7 +30,8 @@ def settings_of(case: str) -> dict[str, float]:
 
 def expected_settings(case: str, native_name: str) -> ParameterSettings:
     group = REFERENCE[case]["groups"][native_name]
-    return ParameterSettings(group["lr_multiplier"], group["wd_multiplier"], group["is_last_layer"])
+    rate = "last_layer_lr" if group["is_last_layer"] else "lr"
+    return ParameterSettings(group["lr_multiplier"], group["wd_multiplier"], rate)
 
 
 @pytest.mark.parity
@@ -135,3 +138,29 @@ def test_same_settings_share_one_group_and_frozen_parameters_are_left_out():
 def test_names_of_compiled_and_wrapped_blocks_keep_their_layer():
     settings = parameter_settings("layer.1._orig_mod.mlp.up_proj.weight", 3, layerwise_lr_decay=0.5)
     assert settings.lr_multiplier == 0.25
+
+
+def rates_by_name(module: nn.Module) -> dict[str, str]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = parameter_groups({"backbone": module}, rates={"backbone": "backbone_lr"})
+    return {names[id(parameter)]: group["rate"] for group in groups for parameter in group["params"]}
+
+
+def test_a_backbone_that_waits_for_its_heads_keeps_the_rate_of_what_reads_pixels():
+    vit = rates_by_name(tiny_vit())
+    assert {name for name, rate in vit.items() if rate == "lr"} == {
+        "embeddings.patch_embeddings.weight",
+        "embeddings.patch_embeddings.bias",
+    }
+    convnext = rates_by_name(OurConvNextModel(OurConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])))
+    assert {name for name, rate in convnext.items() if rate == "lr"} == {
+        f"stages.0.downsample_layers.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
+    assert set(vit.values()) == set(convnext.values()) == {"lr", "backbone_lr"}
+
+
+def test_rates_by_sub_module_leave_heads_alone():
+    head = nn.ModuleDict({"mlp": nn.Linear(4, 4), "last_layer": nn.Linear(4, 2, bias=False)})
+    groups = parameter_groups({"backbone": tiny_vit(), "dino_head": head}, rates={"backbone": "backbone_lr"})
+    rate_of = {id(parameter): group["rate"] for group in groups for parameter in group["params"]}
+    assert [rate_of[id(p)] for p in head.parameters()] == ["lr", "lr", "last_layer_lr"]

@@ -40,7 +40,7 @@ def expected_state(optimizer: torch.optim.Optimizer, step: int) -> list[tuple[fl
     values = SCHEDULES.at(step)
     return [
         (
-            (values["last_layer_lr"] if group["is_last_layer"] else values["lr"]) * group["lr_multiplier"],
+            values[group["rate"]] * group["lr_multiplier"],
             values["weight_decay"] * group["weight_decay_multiplier"],
         )
         for group in optimizer.param_groups
@@ -91,7 +91,7 @@ def test_a_loaded_optimizer_does_not_keep_the_saved_rates():
 @pytest.mark.invariant
 def test_frozen_last_layers_do_not_move_and_do_not_decay():
     optimizer, scheduler = make()
-    [last_layer] = [group["params"][0] for group in optimizer.param_groups if group["is_last_layer"]]
+    [last_layer] = [group["params"][0] for group in optimizer.param_groups if group["rate"] == "last_layer_lr"]
     before = last_layer.detach().clone()
     for step in range(3):
         for group in optimizer.param_groups:

@@ -8,7 +8,11 @@ Rules of the published recipes, for names relative to a sub-module (backbone, di
                     x patch_embed_lr_mult for the patch embedding
     weight decay    0                   biases, norms, LayerScale, Fourier features
                     1                   everything else, the tokens included
-    last layer      `last_layer` of a prototype head: its learning rate is 0 in the first steps
+    rate            which learning rate of the schedules is multiplied
+                    last_layer_lr   `last_layer` of a prototype head: 0 in the first steps
+                    backbone_lr     in continued pre-training, the backbone apart from its patch embedding: 0 while
+                                    fresh heads learn, then a ramp
+                    lr              everything else
 
 N is the number of transformer blocks. The norms inside a ConvNeXt's `downsample_layers` have no "norm" in their names,
 so their weights are decayed, as in the published runs.
@@ -16,23 +20,27 @@ so their weights are decayed, as in the published runs.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layer|blocks)\.(\d+)\.")
 _TOKENS = ("cls_token", "register_tokens", "storage_tokens", "mask_token")
+# The stem of a ConvNeXt stands in its place, but has no smaller rate in the published recipes.
 _PATCH_EMBEDDING = ("patch_embeddings", "patch_embed.")
+_STEM = ("stages.0.downsample_layers.", "downsample_layers.0.")
 # LayerScale is `lambda1` in our files and `gamma` in native ones and in ConvNeXt.
 _NOT_DECAYED = ("norm", "gamma", "lambda1", "fourier_w")
 
+Rate = Literal["lr", "last_layer_lr", "backbone_lr"]
+
 
 class ParameterSettings(NamedTuple):
-    """What one parameter's learning rate and weight decay are multiplied with."""
+    """Which learning rate one parameter follows, and what the rate and the weight decay are multiplied with."""
 
     lr_multiplier: float
     weight_decay_multiplier: float
-    is_last_layer: bool
+    rate: Rate
 
 
 def count_blocks(names: Iterable[str]) -> int:
@@ -40,16 +48,27 @@ def count_blocks(names: Iterable[str]) -> int:
     return len({match[1] for name in names if (match := _BLOCK.search(name))})
 
 
+def is_first_layer(name: str) -> bool:
+    """Whether a parameter of a backbone belongs to what reads the pixels: patch embedding, or stem of a ConvNeXt."""
+    return any(part in name for part in _PATCH_EMBEDDING) or name.startswith(_STEM)
+
+
 def parameter_settings(
-    name: str, num_blocks: int, *, layerwise_lr_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
+    name: str,
+    num_blocks: int,
+    *,
+    layerwise_lr_decay: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    rate: Rate = "lr",
 ) -> ParameterSettings:
-    """Multipliers of one parameter.
+    """Settings of one parameter.
 
     Args:
         name: parameter name relative to its sub-module, ours or native.
         num_blocks: number of transformer blocks of the sub-module (see [`count_blocks`]).
         layerwise_lr_decay: factor of the learning rate per block, counted down from the last.
         patch_embed_lr_mult: additional factor for the patch embedding.
+        rate: of the sub-module; patch embeddings and stems keep `lr`, last layers `last_layer_lr`.
     """
     is_patch_embedding = any(part in name for part in _PATCH_EMBEDDING)
     if match := _BLOCK.search(name):
@@ -62,13 +81,21 @@ def parameter_settings(
     if is_patch_embedding:
         lr_multiplier *= patch_embed_lr_mult
     is_decayed = not name.endswith("bias") and not any(part in name for part in _NOT_DECAYED)
-    return ParameterSettings(lr_multiplier, 1.0 if is_decayed else 0.0, "last_layer" in name)
+    if "last_layer" in name:
+        rate = "last_layer_lr"
+    elif is_first_layer(name):
+        rate = "lr"
+    return ParameterSettings(lr_multiplier, 1.0 if is_decayed else 0.0, rate)
 
 
 def parameter_groups(
-    submodules: Mapping[str, nn.Module], *, layerwise_lr_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
+    submodules: Mapping[str, nn.Module],
+    *,
+    layerwise_lr_decay: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    rates: Mapping[str, Rate] | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of several sub-modules: one group for all parameters with the same multipliers.
+    """Optimizer groups of several sub-modules: one group for all parameters with the same settings.
 
     Few large groups keep a fused optimizer fast. Frozen parameters are left out. `lr` and `weight_decay` are set at
     every step by [`~training.recipe_scheduler.RecipeScheduler`].
@@ -77,20 +104,25 @@ def parameter_groups(
         submodules: for example `{"backbone": ..., "dino_head": ..., "ibot_head": ...}`; names are relative to each.
         layerwise_lr_decay: factor of the learning rate per block, counted down from the last.
         patch_embed_lr_mult: additional factor for the patch embedding.
+        rates: for example `{"backbone": "backbone_lr"}`; sub-modules that are not named follow `lr`.
 
     Returns:
-        Dictionaries with `params`, `lr_multiplier`, `weight_decay_multiplier` and `is_last_layer`, in the order in
-        which their first parameter appears.
+        Dictionaries with `params`, `lr_multiplier`, `weight_decay_multiplier` and `rate`, in the order in which their
+        first parameter appears.
     """
     groups: dict[ParameterSettings, dict[str, Any]] = {}
-    for module in submodules.values():
+    for submodule, module in submodules.items():
         named_parameters = dict(module.named_parameters())
         num_blocks = count_blocks(named_parameters)
         for name, parameter in named_parameters.items():
             if not parameter.requires_grad:
                 continue
             settings = parameter_settings(
-                name, num_blocks, layerwise_lr_decay=layerwise_lr_decay, patch_embed_lr_mult=patch_embed_lr_mult
+                name,
+                num_blocks,
+                layerwise_lr_decay=layerwise_lr_decay,
+                patch_embed_lr_mult=patch_embed_lr_mult,
+                rate=(rates or {}).get(submodule, "lr"),
             )
             group = groups.setdefault(settings, {"params": [], **settings._asdict()})
             group["params"].append(parameter)

@@ -27,10 +27,7 @@ class RecipeScheduler(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the current step, one for each group."""
         values = self.schedules.at(self.last_epoch)
-        return [
-            values["last_layer_lr" if group["is_last_layer"] else "lr"] * group["lr_multiplier"]
-            for group in self.optimizer.param_groups
-        ]
+        return [values[group["rate"]] * group["lr_multiplier"] for group in self.optimizer.param_groups]
 
     def step(self, epoch: int | None = None) -> None:
         """Moves on by one optimizer step."""
