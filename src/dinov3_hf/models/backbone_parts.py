@@ -8,8 +8,8 @@ from torch import Tensor
 
 def convert_patch_embedding_channels(weight: Tensor, num_channels: int) -> Tensor:
     """
-    Patch embedding for another number of channels: every new channel gets the mean over the old ones, scaled so that
-    the sum over channels is kept. An image of equal channels therefore has the same embedding before and after.
+    Patch embedding for another number of channels, by the rule of timm: one channel gets the sum over the old ones;
+    several repeat the old ones in turn, scaled so that inputs of the same size give outputs of the same size.
 
     Args:
         weight: (D, C, p, p).
@@ -20,8 +20,11 @@ def convert_patch_embedding_channels(weight: Tensor, num_channels: int) -> Tenso
     """
     if num_channels < 1:
         raise ValueError(f"num_channels {num_channels} is not a number of image channels; give at least 1.")
-    total = weight.sum(dim=1, keepdim=True, dtype=torch.float32)  # (D, 1, p, p)
-    return (total / num_channels).to(weight.dtype).repeat(1, num_channels, 1, 1)
+    if num_channels == 1:
+        return weight.sum(dim=1, keepdim=True, dtype=torch.float32).to(weight.dtype)
+    before = weight.shape[1]
+    repeated = weight[:, torch.arange(num_channels) % before].float()  # (D, C', p, p)
+    return (repeated * (before / num_channels)).to(weight.dtype)
 
 
 def layers_asked_for(n: int | Sequence[int], num_layers: int, name: str) -> list[int]:
