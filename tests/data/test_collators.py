@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dinov3_hf.data.collators import collate_views, subset_batch
+from dinov3_hf.data.collators import collate_views, split_batch, subset_batch
 from tests.testing_utils import FIXTURES
 
 RENAMED = {
@@ -75,3 +75,19 @@ def test_nothing_masked_and_no_local_crops():
     assert batch["local_crops"].shape == (0, 3, 2, 2)
     assert batch["mask_indices"].shape == batch["mask_weight"].shape == (0,)
     assert subset_batch(batch, 2)["local_crops"].shape == (0, 3, 2, 2)
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parts_of_a_batch_are_the_batches_of_their_images(size):
+    samples = [sample(image) for image in range(4)]
+    parts = split_batch(collate_views(samples), size)
+    assert len(parts) == 4 // size
+    for i, part in enumerate(parts):
+        expected = collate_views(samples[i * size : (i + 1) * size])
+        assert part.keys() == expected.keys()
+        for name in ("global_crops", "local_crops", "mask", "mask_indices", "mask_weight"):
+            torch.testing.assert_close(part[name], expected[name], rtol=0, atol=0)
+        np.testing.assert_array_equal(part["local_photometric"]["factor"], expected["local_photometric"]["factor"])
+    empty = collate_views([sample(image, num_local=0) for image in range(4)])
+    assert all(part["local_crops"].shape == (0, 3, 2, 2) for part in split_batch(empty, size))

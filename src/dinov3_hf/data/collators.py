@@ -27,10 +27,23 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def subset_batch(batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
     """Return the batch of the first `B // divide_by` images of `batch`."""
-    num_images = len(batch["mask"]) // 2
+    return _part(batch, 0, _num_images(batch) // divide_by)
+
+
+def split_batch(batch: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    """Return the batches of `size` images each, a divisor of B, that make up `batch`, in their order."""
+    num_images = _num_images(batch)
+    return [batch] if size == num_images else [_part(batch, i, i + size) for i in range(0, num_images, size)]
+
+
+def _num_images(batch: dict[str, Any]) -> int:
+    return len(batch["mask"]) // 2
+
+
+def _part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     rest = {name: values for name, values in batch.items() if name not in ("mask_indices", "mask_weight")}
-    subset: dict[str, Any] = _first_images(rest, num_images, num_images // divide_by)
-    return subset | _mask_entries(subset["mask"])
+    part: dict[str, Any] = _images(rest, _num_images(batch), start, stop)
+    return part | _mask_entries(part["mask"])
 
 
 def _crop_major(values: list[Any]) -> Any:
@@ -44,14 +57,15 @@ def _crop_major(values: list[Any]) -> Any:
     return np.stack(values, axis=1).reshape(-1, *values[0].shape[1:])
 
 
-def _first_images(values: Any, num_images: int, num_kept: int) -> Any:
-    """Undo the merging of `_crop_major` for the first `num_kept` images."""
+def _images(values: Any, num_images: int, start: int, stop: int) -> Any:
+    """The rows of images `start` to `stop` of what `_crop_major` merged; lists stay whole."""
     if isinstance(values, dict):
-        return {name: _first_images(value, num_images, num_kept) for name, value in values.items()}
+        return {name: _images(value, num_images, start, stop) for name, value in values.items()}
     if isinstance(values, list):
         return values
     rest = values.shape[1:]
-    return values.reshape(-1, num_images, *rest)[:, :num_kept].reshape(-1, *rest)
+    num_crops = len(values) // num_images
+    return values.reshape(num_crops, num_images, *rest)[:, start:stop].reshape(num_crops * (stop - start), *rest)
 
 
 def _mask_entries(mask: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ class Stream(IntEnum):
     MASKS = 3  # key (step, entry): blocks of one mask
     REPLACEMENTS = 4  # key (position, attempt): which image takes the place of one that cannot be read
     WINDOWS = 5  # key (source, epoch, first image): permutation of a window of a stream
+    CROP_SIZES = 6  # key (step): which crop sizes a step has
 
 
 def random_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
