@@ -39,7 +39,7 @@ def gram_loss(
             teacher's do, the student's negative similarities are kept and pulled towards 0.
 
     Returns:
-        () float32.
+        () float32; 0 where there are no patches.
 
     Raises:
         ValueError: the images or patches of both differ, or `negatives` is none of the three.
@@ -58,7 +58,8 @@ def gram_loss(
             teacher_similarity = teacher_similarity.relu()
         if negatives == "remove":
             student_similarity = student_similarity.relu()
-        return F.mse_loss(student_similarity, teacher_similarity)
+        difference = student_similarity - teacher_similarity
+        return difference.square().sum() / max(difference.numel(), 1)
 
 
 def _similarity(features: Tensor, normalize: bool, per_image: bool) -> Tensor:

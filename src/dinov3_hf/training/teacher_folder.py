@@ -10,8 +10,6 @@ from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import SSLN
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.training.ssl_config import SSLConfig
 
-HEADS = ("dino_head", "ibot_head")
-
 
 def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path) -> None:
     """
@@ -24,13 +22,14 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path) -> N
     """
     teacher.backbone.save_pretrained(folder)
     image_processor(args).save_pretrained(folder)
-    heads = {
+    heads = {name: part for name, part in teacher.named_children() if name != "backbone"}
+    tensors = {
         f"{head}.{name}": tensor.contiguous()
-        for head in HEADS
-        for name, tensor in teacher.get_submodule(head).state_dict().items()
+        for head, part in heads.items()
+        for name, tensor in part.state_dict().items()
     }
-    shapes = {"dino_head": json.dumps(args.dino_head), "ibot_head": json.dumps(args.ibot_head)}
-    save_file(heads, folder / "heads.safetensors", metadata={"format": "pt", **shapes})
+    shapes = {head: json.dumps(args.__dict__[head]) for head in heads}
+    save_file(tensors, folder / "heads.safetensors", metadata={"format": "pt", **shapes})
 
 
 def image_processor(args: SSLConfig) -> DINOv3ViTImageProcessor:

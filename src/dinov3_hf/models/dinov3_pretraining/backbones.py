@@ -7,6 +7,7 @@ A backbone takes a list of crop groups (`pixel_values`, `bool_masked_pos`) and r
 import inspect
 from typing import Any, ClassVar, get_origin
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
@@ -41,13 +42,32 @@ def backbone_config_from_dict(config: dict[str, Any] | PreTrainedConfig | None) 
     return config_class(**fields)
 
 
-def check_masks(config: PreTrainedConfig) -> None:
-    """Raise ValueError for a backbone that cannot hide patches from itself, which L_iBOT asks of the student."""
-    if config.model_type in WITHOUT_MASK_TOKEN:
+def check_masks(config: PreTrainedConfig, ibot_weight: float = 1.0, gram_tokens: str = "all") -> None:
+    """Raise ValueError for an objective with masked patches on a backbone that cannot hide patches from itself."""
+    if config.model_type not in WITHOUT_MASK_TOKEN:
+        return
+    if ibot_weight > 0:
         raise ValueError(
             f"a {config.model_type} backbone has no mask token, which L_iBOT hides patches with: it would see what it "
-            "has to predict; pre-train a dinov3_vit backbone."
+            "has to predict; set ibot_weight: 0, or pre-train a dinov3_vit backbone."
         )
+    if gram_tokens != "all":
+        raise ValueError(
+            f"gram_tokens {gram_tokens!r} tells masked patches from others, but a {config.model_type} backbone has no "
+            "mask token; set gram_tokens: all."
+        )
+
+
+def patch_side(config: PreTrainedConfig) -> int:
+    """Pixels between two patch tokens of a backbone, along each axis."""
+    side: int = config.stride if config.model_type in WITHOUT_MASK_TOKEN else config.patch_size
+    return side
+
+
+def patch_grid(crops: Tensor, config: PreTrainedConfig) -> tuple[int, int]:
+    """Rows and columns of the patch tokens of crops (..., H, W)."""
+    height, width = crops.shape[-2:]
+    return height // patch_side(config), width // patch_side(config)
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
