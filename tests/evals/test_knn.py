@@ -8,7 +8,13 @@ import torch
 
 from dinov3_hf.evals import knn
 from dinov3_hf.evals.features import Features
-from dinov3_hf.evals.knn import class_scores, knn_accuracies, knn_accuracy, nearest_neighbours
+from dinov3_hf.evals.knn import (
+    class_scores,
+    knn_accuracies,
+    knn_accuracy,
+    leave_one_out_accuracies,
+    nearest_neighbours,
+)
 from tests.testing_utils import require_gpu, require_package
 
 
@@ -132,3 +138,34 @@ def test_bad_arguments():
         knn_accuracy(features, features, temperature=0)
     with pytest.raises(ValueError, match="needs labels of both"):
         knn_accuracy(Features(features.cls), features)
+
+
+def test_leaving_one_out_is_a_search_among_all_the_others():
+    images = clusters(60, seed=3, spread=2)
+    ours = leave_one_out_accuracies(images, [1, 10, 500], temperature=0.5)
+    hits = dict.fromkeys(ours, 0)
+    for i in range(60):
+        others = torch.arange(60) != i
+        train = Features(images.cls[others], images.labels[others])
+        one = Features(images.cls[i : i + 1], images.labels[i : i + 1])
+        for k, accuracy in knn_accuracies(train, one, [1, 10, 500], temperature=0.5).items():
+            hits[k] += accuracy["knn_top1"] / 60
+    assert {k: accuracy["knn_top1"] for k, accuracy in ours.items()} == pytest.approx(hits)
+    assert ours[1] != ours[500]
+
+
+def test_leaving_one_out_among_copies():
+    images = Features(torch.ones(40, 8), torch.arange(40) % 2)
+    accuracy = leave_one_out_accuracies(images, [3])[3]["knn_top1"]
+    assert 0 <= accuracy <= 100  # every image keeps 3 neighbours, also where itself is not among the first 4
+    distinct = Features(torch.cat([torch.ones(20, 8), -torch.ones(20, 8)]), torch.arange(40) // 20)
+    assert leave_one_out_accuracies(distinct, [3])[3]["knn_top1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("features", "says"),
+    [(Features(torch.ones(3, 2)), "needs labels"), (Features(torch.ones(1, 2), torch.zeros(1).long()), "2 or more")],
+)
+def test_leaving_one_out_needs_labels_of_several_images(features, says):
+    with pytest.raises(ValueError, match=says):
+        leave_one_out_accuracies(features, [1])

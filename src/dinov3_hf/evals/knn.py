@@ -51,23 +51,62 @@ def knn_accuracies(
     """`knn_accuracy` of several neighbourhoods in one search: k -> its percentages."""
     if train.labels is None or test.labels is None:
         raise ValueError("kNN needs labels of both the training and the test images.")
+    _check_settings(ks, temperature)
+    similarity, index = nearest_neighbours(train.cls, test.cls, max(ks), device)  # (M, K), (M, K)
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    return _accuracies(similarity, train.labels[index], test.labels, num_classes, ks, temperature)
+
+
+def leave_one_out_accuracies(
+    features: Features, ks: Sequence[int], temperature: float = 0.07, device: str | torch.device = "cpu"
+) -> dict[int, dict[str, float]]:
+    """`knn_accuracies` without images set aside: each image is classified by all the others.
+
+    The protocol for small sets: all images vote and all are asked for.
+
+    Args:
+        features: with labels of N images, 2 or more.
+        ks, temperature, device: as in `knn_accuracy`; beyond N - 1 k counts as N - 1.
+
+    Raises:
+        ValueError: if labels are missing, there is one image only, or a k or the temperature is not positive.
+    """
+    if features.labels is None:
+        raise ValueError("kNN needs labels.")
+    num_images = len(features.cls)
+    if num_images < 2:
+        raise ValueError("leaving one image out leaves none to compare it with; give 2 or more.")
+    _check_settings(ks, temperature)
+    similarity, index = nearest_neighbours(features.cls, features.cls, max(ks) + 1, device)  # (N, K + 1), twice
+    is_other = index != torch.arange(num_images)[:, None]  # (N, K + 1)
+    # Of an image that has many copies, itself may be none of the K + 1; the last one is then one too many.
+    is_other[:, -1] &= ~is_other.all(dim=1)
+    similarity, index = (values[is_other].view(num_images, -1) for values in (similarity, index))  # (N, K), twice
+    num_classes = int(features.labels.max()) + 1
+    return _accuracies(similarity, features.labels[index], features.labels, num_classes, ks, temperature)
+
+
+def _check_settings(ks: Sequence[int], temperature: float) -> None:
     if min(ks) < 1:
         raise ValueError(f"k {min(ks)} is not a number of neighbours; use 1 or more.")
     if temperature <= 0:
         raise ValueError(f"temperature {temperature} is not positive; 0.07 is usual.")
-    similarity, index = nearest_neighbours(train.cls, test.cls, max(ks), device)  # (M, K), (M, K)
-    votes = train.labels[index]  # (M, K)
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+
+
+def _accuracies(
+    similarity: Tensor, votes: Tensor, labels: Tensor, num_classes: int, ks: Sequence[int], temperature: float
+) -> dict[int, dict[str, float]]:
+    """Percentages by k from similarities (M, K) and classes (M, K) of the neighbours and the true classes (M,)."""
     rows = max(1, MAX_NUMBERS // (num_classes * len(ks)))
 
     hits = {k: torch.zeros(2, dtype=torch.int64) for k in ks}  # top 1, top 5
-    parts = zip(similarity.split(rows), votes.split(rows), test.labels.split(rows), strict=True)
-    for part_similarity, part_votes, labels in parts:
+    parts = zip(similarity.split(rows), votes.split(rows), labels.split(rows), strict=True)
+    for part_similarity, part_votes, part_labels in parts:
         scores = class_scores(part_similarity, part_votes, num_classes, ks, temperature)
         for k in ks:
-            best = scores[k].topk(min(5, num_classes), dim=-1).indices == labels[:, None]  # (rows, 5)
+            best = scores[k].topk(min(5, num_classes), dim=-1).indices == part_labels[:, None]  # (rows, 5)
             hits[k] += torch.stack([best[:, 0].sum(), best.any(dim=-1).sum()])
-    return {k: {f"knn_top{n}": 100 * int(hits[k][i]) / len(test.cls) for i, n in enumerate((1, 5))} for k in ks}
+    return {k: {f"knn_top{n}": 100 * int(hits[k][i]) / len(labels) for i, n in enumerate((1, 5))} for k in ks}
 
 
 def nearest_neighbours(
