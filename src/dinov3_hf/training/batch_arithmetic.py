@@ -71,6 +71,25 @@ def check_koleo_groups(group_size: int | None, topk: int, batch_size: int, accum
         )
 
 
+def check_gram_groups(group_size: int | None, micro_batch: int, global_batch_size: int) -> None:
+    """Refuses groups of L_Gram that do not tile the images of one forward pass on one rank.
+
+    Args:
+        group_size: images whose patches are compared together; `None` compares within a crop only.
+        micro_batch: images of one forward pass on one rank.
+        global_batch_size: images of one optimizer step.
+
+    Raises:
+        ValueError: the groups do not divide the micro-batch.
+    """
+    if group_size is not None and (group_size < 1 or micro_batch % group_size):
+        whole = " (null is the whole global batch)" if group_size == global_batch_size else ""
+        raise ValueError(
+            f"gram_group_size {group_size}{whole} does not divide the {micro_batch} images of one forward pass on one "
+            f"rank; use {_nearest_divisors(micro_batch, group_size)}."
+        )
+
+
 def _nearest_divisors(number: int, wanted: int) -> str:
     """The divisors of `number` next to `wanted`, as `8 or 16`."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]

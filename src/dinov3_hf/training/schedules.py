@@ -323,6 +323,8 @@ class TrainingSchedules:
         teacher_temperature: temperature of the teacher's Sinkhorn-Knopp assignment.
         local_loss_weight: factor of the DINO term between local and global crops.
         freeze_last_layer_steps: number of first steps in which the heads' last layers have learning rate 0.
+        gram_weight: weight of L_Gram; None in a run without a Gram teacher.
+        gram_start_step: first step in which L_Gram counts.
     """
 
     max_steps: int
@@ -332,16 +334,18 @@ class TrainingSchedules:
     teacher_temperature: Schedule
     local_loss_weight: Schedule
     freeze_last_layer_steps: int = 0
+    gram_weight: Schedule | None = None
+    gram_start_step: int = 0
 
     def at(self, step: int) -> dict[str, float]:
         """Values of optimizer step `step`: `lr`, `last_layer_lr`, `weight_decay`, `teacher_momentum`,
-        `teacher_temperature`, `local_loss_weight`.
+        `teacher_temperature`, `local_loss_weight`, and `gram_weight` where there is a Gram teacher.
 
         The last layers are frozen by their learning rate, not by their gradients: AdamW's moments go on, its decoupled
         weight decay (learning rate x weight decay) stops with the rate. The schedule of the rate is not shifted.
         """
         lr = self.lr.at(step, self.max_steps)
-        return {
+        values = {
             "lr": lr,
             "last_layer_lr": 0.0 if step < self.freeze_last_layer_steps else lr,
             "weight_decay": self.weight_decay.at(step, self.max_steps),
@@ -349,3 +353,7 @@ class TrainingSchedules:
             "teacher_temperature": self.teacher_temperature.at(step, self.max_steps),
             "local_loss_weight": self.local_loss_weight.at(step, self.max_steps),
         }
+        if self.gram_weight is not None:
+            counts = step >= self.gram_start_step
+            values["gram_weight"] = self.gram_weight.at(step, self.max_steps) if counts else 0.0
+        return values

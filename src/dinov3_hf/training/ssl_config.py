@@ -12,7 +12,8 @@ from dinov3_hf.data.photometric import Distortions
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.field_types import fit_mapping
 from dinov3_hf.training.batch_arithmetic import check_koleo_groups
-from dinov3_hf.training.recipe_config import RecipeConfig, changes_the_result, orchestration, plain
+from dinov3_hf.training.gram_config import EMA, GramConfig
+from dinov3_hf.training.recipe_config import changes_the_result, orchestration, plain
 from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_steps
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SSLConfig(RecipeConfig):
+class SSLConfig(GramConfig):
     r"""
     Arguments of [`SSLTrainer`]: the self-supervised objective, its views, its schedules, and the machine.
 
@@ -63,7 +64,10 @@ class SSLConfig(RecipeConfig):
     )
     ibot_weight: float = field(
         default=1.0,
-        metadata=changes_the_result("Weight of L_iBOT on masked patches."),
+        metadata=changes_the_result(
+            "Weight of L_iBOT on masked patches; 0 leaves out the term, its head and the masks (a ConvNeXt has no "
+            "mask token)."
+        ),
     )
     koleo_weight: float = field(
         default=0.1,
@@ -217,7 +221,9 @@ class SSLConfig(RecipeConfig):
         self._check_numbers()
         self._complete_heads()
         backbone_config = self.backbone_config()
-        self._check_views(backbone_config.patch_size, backbone_config.num_channels)
+        self._check_views(backbone_config)
+        self.check_gram()
+        self.pretraining_config()  # its own checks
         check_koleo_groups(
             self.koleo_group_size,
             self.koleo_topk,
@@ -263,10 +269,19 @@ class SSLConfig(RecipeConfig):
         for name in ("dino_head", "ibot_head"):
             setattr(self, name, {**PROTOTYPE_HEAD_DEFAULTS, **fit_mapping(name, self.__dict__[name], types)})
 
-    def _check_views(self, patch_size: int, num_channels: int) -> None:
-        check_crop_size("global_crop_size", self.global_crop_size, patch_size)
-        if self.num_local_crops:
-            check_crop_size("local_crop_size", self.local_crop_size, patch_size)
+    @property
+    def mask_free(self) -> bool:
+        return self.ibot_weight == 0
+
+    def _check_views(self, backbone: PreTrainedConfig) -> None:
+        from dinov3_hf.models.dinov3_pretraining.backbones import WITHOUT_MASK_TOKEN, patch_side
+
+        side, num_channels = patch_side(backbone), backbone.num_channels
+        check_crop_size("global_crop_size", self.global_crop_size, side)
+        if self.num_local_crops and backbone.model_type not in WITHOUT_MASK_TOKEN:  # a ConvNet pads where a ViT cuts
+            check_crop_size("local_crop_size", self.local_crop_size, side)
+        if self.gram_crop_size is not None:
+            check_crop_size("gram_crop_size", self.gram_crop_size, side)
         for name in ("image_mean", "image_std"):
             num_values = len(self.__dict__[name])
             if num_values != num_channels:
@@ -301,6 +316,8 @@ class SSLConfig(RecipeConfig):
             teacher_temperature=self.teacher_temperature_schedule,
             local_loss_weight=self.local_loss_weight_schedule,
             freeze_last_layer_steps=resolve_steps(self.freeze_last_layer_steps, self.max_steps),
+            gram_weight=None if self.gram_teacher is None else self.gram_weight_schedule,
+            gram_start_step=resolve_steps(self.gram_start_step, self.max_steps),
         )
 
     def backbone_config(self) -> PreTrainedConfig:
@@ -315,6 +332,7 @@ class SSLConfig(RecipeConfig):
     def pretraining_config(self) -> "DINOv3PreTrainingConfig":
         """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""
         from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+        from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
         config = DINOv3PreTrainingConfig(
             backbone_config=self.backbone_config(),
@@ -328,8 +346,16 @@ class SSLConfig(RecipeConfig):
             koleo_topk=self.koleo_topk,
             student_temperature=self.student_temperature,
             sinkhorn_iterations=self.sinkhorn_iterations,
+            gram_teacher=None if self.gram_teacher is None else ("ema" if self.gram_teacher == EMA else "separate"),
+            gram_normalize=self.gram_normalize,
+            gram_per_image=self.gram_per_image,
+            gram_group_size=self.gram_group_size,
+            gram_negatives=self.gram_negatives,
+            gram_tokens=self.gram_tokens,
+            gram_antialias=self.gram_antialias,
         )
-        config._attn_implementation = self.attn_implementation  # and the backbone's
+        if isinstance(config.backbone_config, DINOv3ViTConfig):  # a ConvNeXt has no attention
+            config._attn_implementation = self.attn_implementation  # and the backbone's
         return config
 
     def views(self) -> MultiCropViews:
@@ -340,6 +366,7 @@ class SSLConfig(RecipeConfig):
             global_crop_size=self.global_crop_size,
             local_crop_size=self.local_crop_size,
             num_local_crops=self.num_local_crops,
+            gram_crop_size=self.gram_crop_size,
             global_crop_scale=(self.global_crop_scale[0], self.global_crop_scale[1]),
             local_crop_scale=(self.local_crop_scale[0], self.local_crop_scale[1]),
             horizontal_flip=self.horizontal_flip,
@@ -354,9 +381,11 @@ class SSLConfig(RecipeConfig):
 
     def masks(self) -> MaskSampler:
         """What draws the masks of the global crops."""
+        from dinov3_hf.models.dinov3_pretraining.backbones import patch_side
+
         return MaskSampler(
-            self.global_crop_size // self.backbone_config().patch_size,
-            probability=self.mask_probability,
+            self.global_crop_size // patch_side(self.backbone_config()),
+            probability=0.0 if self.mask_free else self.mask_probability,
             ratio_range=(self.mask_ratio[0], self.mask_ratio[1]),
             circular_shift=self.mask_circular_shift,
             batch_size=self.global_batch_size,
@@ -365,23 +394,22 @@ class SSLConfig(RecipeConfig):
 
 
 def _backbone_config(backbone: dict[str, Any]) -> PreTrainedConfig:
-    from dinov3_hf.models.dinov3_pretraining.backbones import (
-        BACKBONES,
-        backbone_config_from_dict,
-        check_masks,
-        own_annotations,
-    )
-    from dinov3_hf.models.dinov3_vit.presets import PRESETS
+    from dinov3_hf.models.dinov3_convnext.presets import PRESETS as CONVNEXT_PRESETS
+    from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict, own_annotations
+    from dinov3_hf.models.dinov3_vit.presets import PRESETS as VIT_PRESETS
 
+    presets = {
+        **{name: {"model_type": "dinov3_vit", **values} for name, values in VIT_PRESETS.items()},
+        **{name: {"model_type": "dinov3_convnext", **values} for name, values in CONVNEXT_PRESETS.items()},
+    }
     entries = dict(backbone)
     preset = entries.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise ArgumentError(f"backbone.preset {preset!r} is unknown; {did_you_mean(preset, PRESETS)}")
-    model_type = entries.get("model_type", "dinov3_vit")
+    if preset is not None and preset not in presets:
+        raise ArgumentError(f"backbone.preset {preset!r} is unknown; {did_you_mean(preset, presets)}")
+    preset_fields = presets.get(preset, {})
+    model_type = entries.get("model_type", preset_fields.get("model_type", "dinov3_vit"))
     if model_type in BACKBONES:
         config_class, _ = BACKBONES[model_type]
         types = own_annotations(config_class)
         entries = fit_mapping("backbone", entries, {"model_type": str, **types})
-    config = backbone_config_from_dict({**PRESETS.get(preset, {}), **entries})
-    check_masks(config)
-    return config
+    return backbone_config_from_dict({**preset_fields, **entries})

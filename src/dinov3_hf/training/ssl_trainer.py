@@ -57,6 +57,8 @@ from dinov3_hf.training.checkpoints import (
 )
 from dinov3_hf.training.clipping import clip_gradients
 from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask
+from dinov3_hf.training.gram_config import COPY, EMA
+from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teacher
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
@@ -117,6 +119,9 @@ class SSLTrainer(Trainer):
         )
         self.add_callback(SeenSamplesCallback(self.sampler))
         self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
+        if model.gram_teacher is not None:
+            model.gram_teacher.to(dtype=torch.bfloat16 if args.bf16 else torch.float32)  # never trained
+            self.add_callback(GramTeacherCallback(args))
         self.add_callback(CollapseWarningCallback())
         self.add_callback(StarvationWarningCallback())
         self.add_callback(self.unreadable_images)
@@ -138,7 +143,8 @@ class SSLTrainer(Trainer):
     def submodules(self) -> dict[str, nn.Module]:
         """The parts of the student that have a parameter group namespace and a gradient clip of their own."""
         student = self.model.student
-        return {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
+        parts = {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -158,12 +164,19 @@ class SSLTrainer(Trainer):
             OSError: a checkpoint could not be written; the complete ones are as they were.
         """
         folder = self._checkpoint_to_go_on_from("last" if resume_from_checkpoint is True else resume_from_checkpoint)
+        if folder is None:
+            self._load_gram_teacher()
         try:
             return super().train(resume_from_checkpoint=folder)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, TrainingProgressCallback):
                     callback.close()
+
+    def _load_gram_teacher(self) -> None:
+        source, gram_teacher = self.args.gram_teacher, self.model.gram_teacher
+        if gram_teacher is not None and source not in (None, COPY, EMA):
+            load_gram_teacher(gram_teacher, self.args.backbone_config(), source)
 
     def _checkpoint_to_go_on_from(self, wanted: str | bool | None) -> str | None:
         # One process looks, so that all agree; what it finds wrong is every process's error.
@@ -264,6 +277,8 @@ class SSLTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         values = self.schedules.at(self.state.global_step)
+        gram_weight = values.get("gram_weight", 0.0)
+        has_gram_crops = gram_weight > 0 and "gram_crops" in inputs
         output = model(
             global_crops=self.photometric(inputs["global_crops"], inputs["global_photometric"]),
             local_crops=self.photometric(inputs["local_crops"], inputs["local_photometric"]),
@@ -273,6 +288,8 @@ class SSLTrainer(Trainer):
             teacher_temperature=values["teacher_temperature"],
             local_loss_weight=values["local_loss_weight"],
             target=inputs.get("target"),
+            gram_crops=self.photometric(inputs["gram_crops"]) if has_gram_crops else None,  # clean: normalised only
+            gram_weight=gram_weight,
         )
         self._step_values.add({f"loss/{name}": value for name, value in output.losses.items()} | {"loss": output.loss})
         self._step_values.add(
