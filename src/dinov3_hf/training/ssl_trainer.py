@@ -120,7 +120,7 @@ class SSLTrainer(Trainer):
         self.add_callback(SeenSamplesCallback(self.sampler))
         self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
         if model.gram_teacher is not None:
-            model.gram_teacher.to(dtype=torch.bfloat16 if args.bf16 else torch.float32)  # never trained
+            nn.Module.to(model.gram_teacher, torch.bfloat16 if args.bf16 else torch.float32)  # it is never trained
             self.add_callback(GramTeacherCallback(args))
         self.add_callback(CollapseWarningCallback())
         self.add_callback(StarvationWarningCallback())
