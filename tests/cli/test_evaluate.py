@@ -6,9 +6,9 @@ import json
 import pytest
 import transformers
 
-from dinov3_hf.cli.splits import labelled_splits
+from dinov3_hf.cli.splits import all_labelled, labelled_splits
 from dinov3_hf.evals.features import extract_features, load_model
-from dinov3_hf.evals.knn import knn_accuracies
+from dinov3_hf.evals.knn import knn_accuracies, leave_one_out_accuracies
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from tests.testing_utils import (
     TEST_DATA,
@@ -61,6 +61,19 @@ def test_the_table(model, photos, capsys):
     assert ["3", "100.00", "100.00"] in rows  # dark and light
     assert any(row[:2] == ["50", "(all)"] for row in rows)
     assert "16 training and 4 test images of 2 classes at 32 x 32 pixels" in page
+
+
+def test_each_image_by_all_the_others(model, photos, capsys):
+    command = ("evaluate", "knn", model, "--data", photos, "--k", "3", "--k", "50", "--leave_one_out")
+    status, page, error = run_in_process(capsys, *command)
+    assert (status, error) == (0, "")
+    assert "20 images, each by all the others, of 2 classes" in page
+    facts = json.loads(run_in_process(capsys, *command, "--json")[1])
+    assert (facts["num_train"], facts["num_test"], facts["leave_one_out"]) == (19, 20, True)
+    network, processor = load_model(str(model))
+    images = all_labelled(str(photos), 3, facts["size"])
+    features = extract_features(network, images, processor, images.labels)
+    assert facts["knn"] == {str(k): value for k, value in leave_one_out_accuracies(features, [3, 50]).items()}
 
 
 @pytest.mark.parametrize("family", ["dinov3_vit", "dinov2", "dinov3_convnext", "grey", "native"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_hf.cli.splits import labelled_splits
+from dinov3_hf.cli.splits import all_labelled, labelled_splits
 from tests.data.sources.writing import write_parquet
 from tests.testing_utils import require_package, save_labelled_images
 
@@ -56,6 +56,19 @@ def test_splits_of_ones_own(name, tmp_path, monkeypatch):
         assert (len(train), len(test)) == (20, 3)
         assert test.labels.tolist() == [1, 1, 1]
         assert test.class_names == ["dark", "light"]
+
+
+def test_all_images_whatever_their_split(tmp_path):
+    save_labelled_images(tmp_path / "photos" / "train")
+    save_labelled_images(tmp_path / "photos" / "val", num_images=3)
+    shutil.rmtree(tmp_path / "photos" / "val" / "dark")
+    images = all_labelled(str(tmp_path / "photos"), 3, 32)
+    assert len(images) == len(images.labels) == 23
+    assert images.labels[-3:].tolist() == [1, 1, 1] and images.class_names == ["dark", "light"]
+    train, test = labelled_splits(str(tmp_path / "photos"), 3, 32)
+    for i, (part, row) in {0: (train, 0), 19: (train, 19), 20: (test, 0), 22: (test, 2)}.items():
+        assert np.array_equal(np.asarray(images.image(i)), np.asarray(part.image(row)))
+    assert len(all_labelled(str(tmp_path / "photos" / "train"), 3, 32)) == 20
 
 
 def test_train_alone_is_split(tmp_path):

@@ -41,6 +41,13 @@ def knn(
             "OWNER/NAME on the Hub; a data recipe.",
         ),
     ],
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave_one_out",
+            help="Classify every image by all the others, training and test images together: for small sets.",
+        ),
+    ] = False,
     k: Annotated[list[int], typer.Option("--k", min=1, help="Neighbours that vote; repeat it for several.")] = KS,
     temperature: Annotated[float, typer.Option("--temperature", help="Of the softmax over similarities.")] = 0.07,
     size: Annotated[
@@ -68,14 +75,13 @@ def knn(
     (resized to 256, cut to 224, and other sizes in that proportion), of digits the whole.
     """
     from dinov3_hf.cli.models import open_model
-    from dinov3_hf.cli.splits import labelled_splits
+    from dinov3_hf.cli.splits import all_labelled, labelled_splits
     from dinov3_hf.evals.features import extract_features, input_size, patch_grid
-    from dinov3_hf.evals.knn import knn_accuracies
+    from dinov3_hf.evals.knn import knn_accuracies, leave_one_out_accuracies
 
     network, processor = open_model(model, device)
     side = size or input_size(processor)
     patch_grid(network, side, side)  # refuses a size that does not divide before all the images are listed
-    train, test = labelled_splits(data, network.config.num_channels, side)
     settings: dict[str, Any] = {
         "size": side,
         "batch_size": batch_size,
@@ -83,22 +89,32 @@ def knn(
         "bf16": bf16,
         "max_unreadable_share": max_unreadable_share,
     }
-    train_features, test_features = (
-        extract_features(network, part, processor, part.labels, progress=name, **settings)
-        for name, part in (("training images", train), ("test images", test))
-    )
-    for features, part, name in ((train_features, train, "training"), (test_features, test, "test")):
-        if features.unreadable:
-            warn_of_unreadable(features.unreadable, len(part), name)
-    accuracies = knn_accuracies(train_features, test_features, k, temperature, network.device)
+    parts: dict[str, Any]
+    if leave_one_out:
+        parts = {"labelled": all_labelled(data, network.config.num_channels, side)}
+    else:
+        train, test = labelled_splits(data, network.config.num_channels, side)
+        parts = {"training": train, "test": test}
+    features = [
+        extract_features(network, part, processor, part.labels, progress=f"{name} images", **settings)
+        for name, part in parts.items()
+    ]
+    for (name, part), found in zip(parts.items(), features, strict=True):
+        if found.unreadable:
+            warn_of_unreadable(found.unreadable, len(part), name)
+    if leave_one_out:
+        accuracies = leave_one_out_accuracies(features[0], k, temperature, network.device)
+    else:
+        accuracies = knn_accuracies(features[0], features[1], k, temperature, network.device)
     facts = {
         "model": model,
         "data": data,
         "size": side,
-        "num_train": len(train_features.cls),
-        "num_test": len(test_features.cls),
-        "num_unreadable": len(train_features.unreadable) + len(test_features.unreadable),
-        "num_classes": len(train.class_names),
+        "leave_one_out": leave_one_out,
+        "num_train": len(features[0].cls) - leave_one_out,
+        "num_test": len(features[-1].cls),
+        "num_unreadable": sum(len(found.unreadable) for found in features),
+        "num_classes": len(next(iter(parts.values())).class_names),
         "knn": accuracies,
     }
     if as_json:
@@ -131,8 +147,10 @@ def show(facts: dict[str, Any]) -> None:
             f"{accuracy['knn_top5']:.2f}",
         )
     console.print(table)
+    images = f"{facts['num_train']} training and {facts['num_test']} test images"
+    if facts["leave_one_out"]:
+        images = f"{facts['num_test']} images, each by all the others,"
     console.print(
-        f"{facts['num_train']} training and {facts['num_test']} test images of {facts['num_classes']} classes "
-        f"at {facts['size']} x {facts['size']} pixels",
+        f"{images} of {facts['num_classes']} classes at {facts['size']} x {facts['size']} pixels",
         **plain,
     )

@@ -1,4 +1,4 @@
-"""Training and test images of `--data` for the commands that need both with labels."""
+"""Images with labels for the commands that need some: training and test images of `--data`, or all together."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split
+from dinov3_hf.data.sources.base import SPLIT_NAMES, ImageSource, NoSuchSplit, Split, part_and_row
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.evals.features import center_crop
 
@@ -44,6 +44,41 @@ class LabelledImages:
         return image if self.crop is None else center_crop(image, self.crop)
 
 
+@dataclass(frozen=True)
+class JoinedImages:
+    """Training and test images as one set, with the labels of the former."""
+
+    parts: tuple[LabelledImages, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.concatenate([part.labels for part in self.parts])
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.parts[0].class_names
+
+    def image(self, i: int) -> np.ndarray | Image.Image:
+        part, row = part_and_row(np.cumsum([len(part) for part in self.parts]), i)
+        return self.parts[part].image(row)
+
+
+def all_labelled(data: str, num_channels: int, size: int) -> JoinedImages:
+    """All images of `data`, whatever splits there are, to be classified each by all the others.
+
+    Arguments and errors are those of `labelled_splits`; there is no need of test images here.
+    """
+    train = _training_images(data, num_channels, size)
+    try:
+        test = _read(data, "test", num_channels, train.crop)
+    except NoSuchSplit:
+        return JoinedImages((train,))
+    return JoinedImages((train, _labelled_like(train, test, data)))
+
+
 def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledImages, LabelledImages]:
     """The training and the test images of `data`.
 
@@ -58,6 +93,15 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
         ValueError: if images have no labels, all belong to one class, a class has test images only, all classes are
             too small, or there is a `test/` without a `train/`.
     """
+    train = _training_images(data, num_channels, size)
+    try:
+        test = _read(data, "test", num_channels, train.crop)
+    except NoSuchSplit:
+        return _set_aside(train, data)
+    return train, _labelled_like(train, test, data)
+
+
+def _training_images(data: str, num_channels: int, size: int) -> LabelledImages:
     crop = None if data == "digits" else size
     folder = Path(data).expanduser()
     test_folder = next((name for name in SPLIT_NAMES["test"] if (folder / name).is_dir()), None)
@@ -68,11 +112,7 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
         raise ValueError(
             f"all images in {data} are of one class, {train.class_names[0]}; give images of several classes."
         )
-    try:
-        test = _read(data, "test", num_channels, crop)
-    except NoSuchSplit:
-        return _set_aside(train, data)
-    return train, _labelled_like(train, test, data)
+    return train
 
 
 def _set_aside(train: LabelledImages, data: str) -> tuple[LabelledImages, LabelledImages]:
