@@ -80,6 +80,7 @@ NATIVE_NAMES = {
     "teacher_momentum": "momentum",
     "teacher_temperature": "teacher_temp",
     "local_loss_weight": "dino_local_loss_weight",
+    "gram_weight": "gram_loss_weight",
 }
 
 
@@ -104,19 +105,19 @@ def check_whole_configuration(content: dict[str, Any], compare: Comparison) -> N
     epoch_length, max_steps = content["iterations_per_epoch"], content["total_iterations"]
     global_batch_size = content["world_size"] * content["batch_size_per_gpu"]
     optim = DEFAULT_OPTIM | {"scaling_rule": content["scaling_rule"]} | content.get("optim", {})
-    section = content.get("dino_local_loss_weight_section")
-    local_loss_weight = schedule(section, epoch_length) if section else None
-    arguments = (global_batch_size, epoch_length, max_steps, local_loss_weight)
+    sections = {
+        "local_loss_weight": content.get("dino_local_loss_weight_section"),
+        "gram_weight": content.get("gram_loss_weight_section"),
+    }
+    weights = {name: schedule(section, epoch_length) for name, section in sections.items() if section}
+    arguments = (global_batch_size, epoch_length, max_steps)
     if content.get("schedules_section"):
-        schedules = new_style_schedules(content["schedules_section"], optim["scaling_rule"], *arguments)
+        schedules = new_style_schedules(content["schedules_section"], optim["scaling_rule"], *arguments, **weights)
     else:
-        schedules = old_style_schedules(optim, DEFAULT_TEACHER | content.get("teacher", {}), *arguments)
+        schedules = old_style_schedules(optim, DEFAULT_TEACHER | content.get("teacher", {}), *arguments, **weights)
 
     values = [schedules.at(step) for step in content["iterations"]]
     curves = {NATIVE_NAMES.get(name, name): [value[name] for value in values] for name in values[0]}
-    if gram_section := content.get("gram_loss_weight_section"):
-        gram = schedule(gram_section, epoch_length)
-        curves["gram_loss_weight"] = [gram.at(step, max_steps) for step in content["iterations"]]
     for name, recorded in content.items():
         if name in SETTINGS:
             continue
@@ -133,9 +134,13 @@ def new_style_schedules(
     global_batch_size: int,
     epoch_length: int,
     max_steps: int,
-    local_loss_weight: Schedule | None = None,
+    **weights: Schedule,
 ) -> TrainingSchedules:
-    """Our schedules for a native `schedules` section, whose durations are epochs of `epoch_length` steps."""
+    """Our schedules for a native `schedules` section, whose durations are epochs of `epoch_length` steps.
+
+    Args:
+        weights: schedules of the weights of loss terms, under the names of `TrainingSchedules`.
+    """
     lr = schedule(section["lr"], epoch_length)
     return TrainingSchedules(
         max_steps=max_steps,
@@ -143,8 +148,8 @@ def new_style_schedules(
         weight_decay=schedule(section["weight_decay"], epoch_length),
         teacher_momentum=schedule(section["momentum"], epoch_length),
         teacher_temperature=schedule(section["teacher_temp"], epoch_length),
-        local_loss_weight=local_loss_weight or Schedule.constant(1.0),
         freeze_last_layer_steps=int(section["lr"].get("freeze_last_layer_epochs", 0) * epoch_length),
+        **({"local_loss_weight": Schedule.constant(1.0)} | weights),
     )
 
 
@@ -154,9 +159,9 @@ def old_style_schedules(
     global_batch_size: int,
     epoch_length: int,
     max_steps: int,
-    local_loss_weight: Schedule | None = None,
+    **weights: Schedule,
 ) -> TrainingSchedules:
-    """Our schedules for native settings without a `schedules` section."""
+    """Our schedules for native settings without a `schedules` section; `weights` as above."""
     truncation = optim["schedule_trunc_extra"]
     cosine = {"style": "dinov2", "truncation": truncation}
     lr = Schedule(0.0, optim["lr"], optim["min_lr"], int(optim["warmup_epochs"] * epoch_length), **cosine)
@@ -174,8 +179,8 @@ def old_style_schedules(
             int(teacher["warmup_teacher_temp_epochs"] * epoch_length),
             style="dinov2",
         ),
-        local_loss_weight=local_loss_weight or Schedule.constant(1.0),
         freeze_last_layer_steps=int(optim["freeze_last_layer_epochs"] * epoch_length),
+        **({"local_loss_weight": Schedule.constant(1.0)} | weights),
     )
 
 

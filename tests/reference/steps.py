@@ -9,103 +9,38 @@ from torch.optim import AdamW
 
 from dinov3_hf.convert.dinov3_vit import state_dict_from_native, state_dict_to_native
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+from dinov3_hf.models.dinov3_pretraining.gram_anchor import gram_anchor_loss
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
     DINOv3ForPreTraining,
     DINOv3PreTrainingOutput,
-    SSLNetwork,
+    StudentPredictions,
 )
 from dinov3_hf.training.clipping import clip_gradients
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 
-from .compare import Comparison, Declined, NotInThePackageYet, refuse_unknown
+from .compare import Comparison, Unknown, refuse_unknown
 from .io import Case
-from .native import RecordedDraws, vit_config
-from .schedules import DEFAULT_OPTIM, DEFAULT_TEACHER, new_style_schedules, old_style_schedules, schedule
+from .native import RecordedDraws
+from .step_settings import max_steps_of, model_config, schedules_of, weight_schedules
 
-# Native constructor argument -> setting of the student that it is taken from.
-BACKBONE_ARGUMENTS = {
-    "layerscale_init": "layerscale",
-    **{
-        name: name
-        for name in (
-            *("patch_size", "drop_path_rate", "ffn_layer", "norm_layer", "qkv_bias", "proj_bias", "ffn_bias"),
-            *("n_storage_tokens", "mask_k_bias", "untie_cls_and_patch_norms", "untie_global_and_local_cls_norm"),
-            *("pos_embed_rope_base", "pos_embed_rope_min_period", "pos_embed_rope_max_period"),
-            *("pos_embed_rope_normalize_coords", "pos_embed_rope_shift_coords", "pos_embed_rope_jitter_coords"),
-            "pos_embed_rope_rescale_coords",
-        )
-    },
-}
-# The values that training takes for granted; others are declined.
-FIXED: dict[str, dict[str, Any]] = {
-    "student": {"pos_embed_type": "rope", "fp8_enabled": False},
-    "dino": {"force_weight_norm": False},
-    "ibot": {"separate_head": True},
-    "optim": {"optimizer": "adamw"},
-    "train": {"centering": "sinkhorn_knopp", "use_teacher_head": True, "learn_from_teacher_tokens": False},
-    "crops": {"teacher_to_student_resolution_scale": 1.0},
-}
-# The same, but of a setting that counts only with dino.koleo_loss_distributed.
-FIXED_KOLEO = {"koleo_distributed_replicas": 0, "koleo_distributed_loss_group_data": True}
-HEAD = ("head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim", "head_nlayers")
-# Settings that a case may override. The last row of a section holds those without a say in a recorded step: ignored by
-# the original, about speed, or about how the batch was made. Without its loss, nothing of `gram` acts.
-HONOURED: dict[str, tuple[str, ...]] = {
-    "student": (
-        *("arch", *BACKBONE_ARGUMENTS.values(), *FIXED["student"]),
-        *("ffn_ratio", "in_chans", "pos_embed_rope_dtype"),  # taken from the architecture
-        *("pretrained_weights", "resume_from_teacher_chkpt", "fp8_filter"),
-    ),
-    "dino": (
-        *("loss_weight", "global_ignore_diagonal", *HEAD, "koleo_loss_weight", "koleo_loss_distributed", "koleo_topk"),
-        *("koleo_distributed_loss_group_size", "reweight_dino_local_loss", "local_loss_weight_schedule"),
-        *(*FIXED["dino"], *FIXED_KOLEO, "head_norm_last_layer"),
-    ),
-    "ibot": (
-        *("loss_weight", *HEAD, *FIXED["ibot"]),
-        *("mask_sample_probability", "mask_ratio_min_max", "mask_random_circular_shift", "head_norm_last_layer"),
-        "force_masking_even_with_zero_weight",
-    ),
-    "optim": (
-        *("adamw_beta1", "adamw_beta2", "clip_grad", "layerwise_decay", "patch_embed_lr_mult", "scaling_rule"),
-        *(*DEFAULT_OPTIM, "epochs", *FIXED["optim"]),
-        *("dino_head_wd_multiplier", "multi_tensor_optim", "dump_fsdp_weights_path"),
-    ),
-    "teacher": tuple(DEFAULT_TEACHER),
-    "train": (
-        *("OFFICIAL_EPOCH_LENGTH", "batch_size_per_gpu", *FIXED["train"]),
-        *("seed", "num_workers", "monitor_gradient_norm", "compile", "cudagraphs", "checkpointing"),
-        *("checkpointing_full", "dataset_path", "data_config", "cache_dataset", "output_dir", "saveckp_freq"),
-        "sharded_eval_checkpoint",
-    ),
-    "crops": (
-        *("global_crops_size", "global_crops_scale", "local_crops_size", "local_crops_scale", "local_crops_number"),
-        *("gram_teacher_crops_size", "horizontal_flips", "rgb_mean", "rgb_std", *FIXED["crops"]),
-        *("localcrops_subset_of_globalcrops", "share_color_jitter", "gram_teacher_no_distortions"),
-    ),
-    "compute_precision": ("param_dtype",),  # the recorded steps are in float32 throughout
-}
-# Settings of the student that draw random numbers in a training step.
-RANDOM = ("pos_embed_rope_shift_coords", "pos_embed_rope_jitter_coords", "pos_embed_rope_rescale_coords")
 UNUSED_WEIGHTS = ("dino_loss", "ibot_patch_loss")  # centres of another way to balance targets
 ADAM_EPS = 1e-8
 GRADIENT_ROUNDING = 1e-6  # of an element, relative to the largest of its tensor
-SUBMODULES = ("backbone", "dino_head", "ibot_head")
 
 
 class GivenValues:
-    """Schedules of a single step, whose values the case states."""
+    """Schedules of a single step, whose values the case states, but for the weights of loss terms."""
 
-    def __init__(self, values: Mapping[str, float], local_loss_weight: float) -> None:
+    def __init__(self, values: Mapping[str, float], weights: Mapping[str, float]) -> None:
         self._values = {
             "lr": values["lr"],
             "last_layer_lr": values["last_layer_lr"],
             "weight_decay": values["wd"],
             "teacher_momentum": values["momentum"],
             "teacher_temperature": values["teacher_temp"],
-            "local_loss_weight": local_loss_weight,
+            **weights,
         }
 
     def at(self, step: int) -> dict[str, float]:
@@ -116,21 +51,26 @@ class Run:
     """Model, optimizer and schedules of a case; `forward`, `backward`, `clip`, `update` are one iteration of training.
 
     Args:
-        case: a case whose weights are the state dict of student, teacher and heads.
+        case: a case whose weights are the state dict of student, teacher, heads and Gram teacher.
         schedules: `at(step)` gives the values of a step.
     """
 
     def __init__(self, case: Case, schedules: Any) -> None:
-        settings = case.spec["resolved_config"]
+        self.settings = settings = case.spec["resolved_config"]
         self.case = case
         self.schedules = schedules
-        self.model = DINOv3ForPreTraining(_model_config(case)).train()
+        self.model = DINOv3ForPreTraining(model_config(case)).train()
         self.draws = RecordedDraws(case.inputs)
-        networks = ("student", "teacher")
-        refuse_unknown("weights", {name.split(".")[0] for name in case.weights}, (*networks, *UNUSED_WEIGHTS))
-        for name in networks:
-            _load(self._network(name), name, case.weights)
-        submodules = self.submodules("student")
+        self.networks: dict[str, dict[str, nn.Module]] = {
+            "student": dict(self.model.student.named_children()),
+            "teacher": dict(self.model.teacher.named_children()),
+        }
+        if self.model.gram_teacher is not None:
+            self.networks["gram_teacher"] = {"backbone": self.model.gram_teacher}
+        refuse_unknown("weights", {name.split(".")[0] for name in case.weights}, (*self.networks, *UNUSED_WEIGHTS))
+        for name, submodules in self.networks.items():
+            _load(submodules, name, case.weights)
+        submodules = self.networks["student"]
         optim = settings["optim"]
         groups = parameter_groups(
             submodules, layerwise_lr_decay=optim["layerwise_decay"], patch_embed_lr_mult=optim["patch_embed_lr_mult"]
@@ -141,17 +81,22 @@ class Run:
         self.max_norm = optim["clip_grad"] or 0.0
         self.momentum_so_far = 1.0  # product of the momenta: what is left of the teacher's first weights
 
-    def submodules(self, name: str) -> dict[str, nn.Module]:
-        network = self._network(name)
-        return {part: network.get_submodule(part) for part in SUBMODULES}
-
     def forward(self, batch: dict[str, Tensor], values: Mapping[str, float]) -> DINOv3PreTrainingOutput:
         """The loss of a native batch."""
         return self.model(
             **_our_batch(batch),
+            gram_crops=self.gram_crops(batch),
             teacher_temperature=values["teacher_temperature"],
             local_loss_weight=values["local_loss_weight"],
+            gram_weight=values.get("gram_weight", 0.0),
         )
+
+    def gram_crops(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The Gram teacher's own crops in a native batch."""
+        crops, size = batch.get("collated_gram_teacher_crops"), self.settings["crops"]["gram_teacher_crops_size"]
+        if (None if crops is None else crops.shape[-1]) != size:
+            raise Unknown(f"crops.gram_teacher_crops_size {size} is not the size of the recorded Gram crops")
+        return crops
 
     def backward(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -159,7 +104,7 @@ class Run:
 
     def clip(self) -> dict[str, Tensor]:
         """Norms before clipping."""
-        return clip_gradients(self.submodules("student"), self.max_norm)
+        return clip_gradients(self.networks["student"], self.max_norm)
 
     def update(self, momentum: float) -> None:
         """The optimizer's step, the teacher's, and the schedules'."""
@@ -169,9 +114,9 @@ class Run:
         self.scheduler.step()
 
     def native(self, name: str, pick: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """`pick` of every parameter of student or teacher, under native names."""
+        """`pick` of every parameter of a network, under native names."""
         tensors: dict[str, Tensor] = {}
-        for part, module in self.submodules(name).items():
+        for part, module in self.networks[name].items():
             picked = {key: pick(parameter).detach() for key, parameter in module.named_parameters()}
             if part == "backbone":
                 picked = state_dict_to_native(picked, module.config)
@@ -179,13 +124,17 @@ class Run:
         return tensors
 
     def native_weights(self, name: str) -> dict[str, Tensor]:
-        """Weights under native names, with the key biases that the original carries along behind its mask."""
+        """
+        Weights under native names, with the key biases that the original carries along behind its mask. Those of a
+        Gram teacher are as after a refresh in this step.
+        """
         tensors = self.native(name, lambda parameter: parameter)
         if self.model.config.backbone_config.key_bias:
             return tensors
         for key in tensors:
             if key.endswith("attn.qkv.bias"):
-                student, first = (self.case.weights[f"{network}.{key}"].chunk(3)[1] for network in ("student", name))
+                source = "student" if name == "student" else "teacher"
+                student, first = (self.case.weights[f"{network}.{key}"].chunk(3)[1] for network in ("student", source))
                 # Masked biases have no gradient and no weight decay: the student keeps them, the teacher averages.
                 masked = torch.lerp(student, first, self.momentum_so_far)
                 query, _, value = tensors[key].chunk(3)
@@ -207,24 +156,22 @@ class Run:
 
         return self.native("student", movement)
 
-    def _network(self, name: str) -> SSLNetwork:
-        return self.model.get_submodule(name)
-
 
 def check_ssl_step(case: Case, compare: Comparison) -> None:
-    """One step: intermediate results, loss terms, gradients, norms, weights of student and teacher afterwards."""
+    """One step: intermediate results, loss terms, gradients, norms, weights of all networks afterwards."""
     settings, iteration = case.spec["resolved_config"], case.config["iteration"]
-    weight = _local_loss_weight(settings)
-    local_loss_weight = 1.0 if weight is None else weight.at(iteration, _max_steps(settings))
-    run = Run(case, GivenValues(case.config["schedule_values"], local_loss_weight))
+    max_steps = max_steps_of(settings)
+    weights = {name: weight.at(iteration, max_steps) for name, weight in weight_schedules(settings).items()}
+    run = Run(case, GivenValues(case.config["schedule_values"], weights))
     values = run.schedules.at(iteration)
     _check_intermediate(run, values["teacher_temperature"], compare)
 
+    statistics = _gram_statistics(run, case.inputs)
     with run.draws.replayed():
         output = run.forward(case.inputs, values)
     run.backward(output.loss)
     compare.check("loss/total", output.loss)
-    for name, value in _native_metrics(output, case.inputs, values).items():
+    for name, value in {**_native_metrics(output, case.inputs, values), **statistics}.items():
         compare.check(f"metrics/{name}", value)
     gradients = run.native("student", _gradient)
     for name, gradient in gradients.items():
@@ -239,21 +186,30 @@ def check_ssl_step(case: Case, compare: Comparison) -> None:
     slack = run.rounding_of_first_step()
     run.update(values["teacher_momentum"])
     _check_weights(run, compare, "after_step", slack)
+    if case.config.get("also_update_gram"):
+        run.model.refresh_gram_teacher()
+        for key, value in run.native_weights("gram_teacher").items():
+            compare.check(f"gram_teacher_after_update/{key}", value, slack[key])
 
 
 def check_ssl_trajectory(case: Case, compare: Comparison) -> None:
     """Many steps: every recorded value of every step, some weights after the last."""
-    run = Run(case, _schedules(case))
+    run = Run(case, schedules_of(case))
+    refreshes = case.config.get("gram_teacher_updates", [])
     num_batches = case.config["num_batches"]
     curves: dict[str, list[float]] = {}
     for step in range(case.config["num_steps"]):
         prefix = f"batch{step % num_batches}/"
         batch = {name.removeprefix(prefix): value for name, value in case.inputs.items() if name.startswith(prefix)}
         values = run.schedules.at(step)
+        statistics = _gram_statistics(run, batch)
         output = run.forward(batch, values)
         run.backward(output.loss)
         norms = run.clip()
         run.update(values["teacher_momentum"])
+        if step + 1 in refreshes:
+            run.model.refresh_gram_teacher()
+        metrics = {**_native_metrics(output, batch, values), **statistics}
         record = {
             "loss/total": output.loss,
             "lr": values["lr"],
@@ -261,7 +217,7 @@ def check_ssl_trajectory(case: Case, compare: Comparison) -> None:
             "weight_decay": values["weight_decay"],
             "momentum": values["teacher_momentum"],
             "teacher_temp": values["teacher_temperature"],
-            **{f"metrics/{name}": value for name, value in _native_metrics(output, batch, values).items()},
+            **{f"metrics/{name}": value for name, value in metrics.items()},
             **{f"grad_norm_before_clip/{name}": norm for name, norm in norms.items()},
         }
         for name, value in record.items():
@@ -271,65 +227,12 @@ def check_ssl_trajectory(case: Case, compare: Comparison) -> None:
     _check_weights(run, compare, "final")
 
 
-def _model_config(case: Case) -> DINOv3PreTrainingConfig:
-    """Our configuration for native settings.
-
-    Raises:
-        Declined, NotInThePackageYet: a setting that the package does not have.
-        Unknown: an override of a setting that this program does not know.
-    """
-    settings = case.spec["resolved_config"]
-    dino, ibot, student = settings["dino"], settings["ibot"], settings["student"]
-    if settings["gram"]["use_loss"]:
-        raise NotInThePackageYet("Gram anchoring in the training step")
-    for section, values in FIXED.items():
-        _decline_others(section, settings[section], values)
-    if dino["koleo_loss_distributed"]:
-        _decline_others("dino", dino, FIXED_KOLEO)
-    for section, overrides in case.config["config_overrides"].items():
-        if section != "gram":
-            refuse_unknown(f"config_overrides.{section}", overrides, HONOURED.get(section, ()))
-    draws_numbers = student["drop_path_rate"] > 0 or any(student[name] for name in RANDOM)
-    if draws_numbers and not RecordedDraws(case.inputs):
-        raise Declined("a random step (stochastic depth or RoPE augmentation) whose draws were not recorded")
-    backbone = {argument: student[setting] for argument, setting in BACKBONE_ARGUMENTS.items()}
-    koleo: dict[str, Any] = {"koleo_group_size": case.config["batch_size"], "koleo_topk": 1}
-    if dino["koleo_loss_distributed"]:
-        koleo = {"koleo_group_size": dino["koleo_distributed_loss_group_size"], "koleo_topk": dino["koleo_topk"]}
-    return DINOv3PreTrainingConfig(
-        backbone_config=vit_config(backbone | case.config["architectures"][student["arch"]]),
-        dino_head=_head(dino),
-        ibot_head=_head(ibot),
-        dino_weight=dino["loss_weight"],
-        dino_global_ignore_diagonal=dino["global_ignore_diagonal"],
-        ibot_weight=ibot["loss_weight"],
-        koleo_weight=dino["koleo_loss_weight"],
-        **koleo,
-    )
-
-
-def _decline_others(section: str, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    for name, value in fixed.items():
-        if settings[name] != value:
-            raise Declined(f"{section}.{name}: {settings[name]}")
-
-
-def _head(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "num_prototypes": section["head_n_prototypes"],
-        "bottleneck_dim": section["head_bottleneck_dim"],
-        "hidden_dim": section["head_hidden_dim"],
-        "num_layers": section["head_nlayers"],
-    }
-
-
-def _load(network: SSLNetwork, name: str, weights: Mapping[str, Tensor]) -> None:
-    parts = tuple(f"{name}.{part}." for part in SUBMODULES)
+def _load(submodules: Mapping[str, nn.Module], name: str, weights: Mapping[str, Tensor]) -> None:
+    parts = tuple(f"{name}.{part}." for part in submodules)
     refuse_unknown("weights", (key for key in weights if key.startswith(f"{name}.") and not key.startswith(parts)), ())
-    for part in SUBMODULES:
+    for part, module in submodules.items():
         prefix = f"{name}.{part}."
         native = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        module = network.get_submodule(part)
         module.load_state_dict(state_dict_from_native(native, module.config) if part == "backbone" else native)
 
 
@@ -345,14 +248,16 @@ def _our_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_intermediate(run: Run, teacher_temperature: float, compare: Comparison) -> None:
-    """What student and teacher predict, before the loss."""
+    """What the networks predict, before the loss."""
     batch = _our_batch(run.case.inputs)
-    mask_weight = batch.pop("mask_weight")
     logits = run.model.teacher_logits(batch["global_crops"], batch["mask_indices"])
     targets = run.model.teacher_targets(logits, teacher_temperature)
-    with torch.no_grad(), run.draws.replayed():
-        student = run.model.student_predictions(**batch)
-    compare.check("intermediate/masks_weight", mask_weight)
+    student = _student(run, run.case.inputs)
+    compare.check("intermediate/masks_weight", batch["mask_weight"])
+    if run.settings["gram"]["use_loss"]:
+        patches = run.model.gram_targets(targets, batch["global_crops"], run.gram_crops(run.case.inputs))
+        compare.check("intermediate/gram_global/teacher_patches", patches)
+        compare.check("intermediate/gram_global/student_patches", student.patches)
     for name, value in {
         "teacher_global/cls_after_head": logits.cls,
         "teacher_global/masked_patch_after_head": logits.masked,
@@ -366,6 +271,34 @@ def _check_intermediate(run: Run, teacher_temperature: float, compare: Compariso
         compare.check(f"intermediate/{name}", value)
 
 
+def _student(run: Run, batch: Mapping[str, Tensor]) -> StudentPredictions:
+    """What the student says of a native batch, apart from the step."""
+    inputs = _our_batch(batch)
+    del inputs["mask_weight"]
+    with torch.no_grad(), run.draws.replayed():
+        return run.model.student_predictions(**inputs)
+
+
+def _gram_statistics(run: Run, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """L_Gram over the masked, and over the other patches of a native batch, under native names."""
+    gram = run.settings["gram"]
+    if not gram["use_loss"] or not gram["compute_stats"]:
+        return {}
+    inputs, student = _our_batch(batch), _student(run, batch)
+    logits = run.model.teacher_logits(inputs["global_crops"], inputs["mask_indices"])
+    targets = run.model.teacher_targets(logits, temperature=1.0)  # of which only the patches are looked at
+    patches = run.model.gram_targets(targets, inputs["global_crops"], run.gram_crops(batch))
+    statistics = {}
+    for tokens in ("masked", "unmasked"):
+        config = DINOv3PreTrainingConfig(
+            **{**run.model.config.to_dict(), "gram_per_image": False, "gram_tokens": tokens}
+        )
+        statistics[f"stats_only/{tokens}_gram_loss"] = gram_anchor_loss(
+            student.patches, patches, inputs["mask"], config
+        )
+    return statistics
+
+
 def _native_metrics(
     output: DINOv3PreTrainingOutput, batch: Mapping[str, Tensor], values: Mapping[str, float]
 ) -> dict[str, Tensor | float]:
@@ -377,8 +310,8 @@ def _native_metrics(
         "dino_local_crops_loss": output.losses.get("dino_local", 0.0),
         "dino_local_loss_weight": values["local_loss_weight"],
         "dino_global_crops_loss": output.losses["dino_global"],
-        "koleo_loss": output.losses["koleo"],
-        "ibot_loss": output.losses["ibot"],
+        "gram_loss_weight": values.get("gram_weight", 0.0),
+        **{f"{name}_loss": output.losses[name] for name in ("koleo", "ibot", "gram") if name in output.losses},
     }
 
 
@@ -390,28 +323,3 @@ def _check_weights(run: Run, compare: Comparison, suffix: str, slack: Mapping[st
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _max_steps(settings: Mapping[str, Any]) -> int:
-    return settings["optim"]["epochs"] * settings["train"]["OFFICIAL_EPOCH_LENGTH"]
-
-
-def _local_loss_weight(settings: Mapping[str, Any]) -> Any:
-    """Schedule of the local DINO term's weight; None when it is 1 throughout."""
-    dino = settings["dino"]
-    if not dino["reweight_dino_local_loss"]:
-        return None
-    return schedule(dino["local_loss_weight_schedule"], settings["train"]["OFFICIAL_EPOCH_LENGTH"])
-
-
-def _schedules(case: Case) -> Any:
-    settings = case.spec["resolved_config"]
-    global_batch_size = settings["train"]["batch_size_per_gpu"]  # one process
-    epoch_length, max_steps = settings["train"]["OFFICIAL_EPOCH_LENGTH"], _max_steps(settings)
-    weight = _local_loss_weight(settings)
-    if case.config.get("schedules"):
-        rule = settings["optim"]["scaling_rule"]
-        return new_style_schedules(case.config["schedules"], rule, global_batch_size, epoch_length, max_steps, weight)
-    optim = DEFAULT_OPTIM | settings["optim"]
-    teacher = DEFAULT_TEACHER | settings.get("teacher", {}) | case.config["config_overrides"].get("teacher", {})
-    return old_style_schedules(optim, teacher, global_batch_size, epoch_length, max_steps, weight)

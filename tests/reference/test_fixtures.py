@@ -97,6 +97,29 @@ def test_a_setting_that_nothing_reads_fails(tmp_path, case, change, message, cap
     assert message in capsys.readouterr().out
 
 
+def test_settings_of_gram_anchoring_are_read(tmp_path, capsys):
+    copied = Path(shutil.copytree(FIXTURES / "e_ssl_step" / "gram_on_2x", tmp_path / "topic" / "case"))
+    original = (copied / "case.json").read_text()
+    for setting, value, message in (
+        ("normalized", False, "metrics/gram_loss: error"),
+        ("remove_neg", True, "metrics/gram_loss: error"),
+        ("global_teacher_resize_antialias", True, "intermediate/gram_global/teacher_patches: error"),
+        ("ema_teacher", True, "this program does not know gram_teacher"),
+        ("loss_weight_schedule", {"start": 1, "peak": 1, "end": 0.5, "warmup_epochs": 0}, "gram_loss_weight: error"),
+        ("global_teacher_resize_method", "bilinear", "declined: gram.global_teacher_resize_method: bilinear"),
+        ("update_frequency", 5, "declined: gram.update_frequency: 5"),
+    ):
+        edit(
+            copied, lambda spec, setting=setting, value=value: spec["resolved_config"]["gram"].update({setting: value})
+        )
+        main([str(copied)])
+        assert message in capsys.readouterr().out, setting
+        (copied / "case.json").write_text(original)
+    edit(copied, lambda spec: spec["resolved_config"]["crops"].update(gram_teacher_crops_size=48))
+    assert main([str(copied)]) == 1
+    assert "gram_teacher_crops_size 48 is not the size" in capsys.readouterr().out
+
+
 def test_a_setting_that_is_off_is_no_setting(copied):
     edit(copied, lambda spec: spec["config"].update(group_size=None, detach=False))
     assert main([str(copied)]) == 0

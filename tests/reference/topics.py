@@ -59,8 +59,11 @@ KINDS: dict[str, Check] = {
     "losses_two_processes": Check(
         losses.check_losses_two_processes, ("topk", "loss_group_sizes", "world_size", "ibot_split")
     ),
-    "ssl_step": Check(steps.check_ssl_step, (*RUN_SETTINGS, "schedule_values", "iteration")),
-    "ssl_trajectory": Check(steps.check_ssl_trajectory, (*RUN_SETTINGS, "schedules", "num_steps", "num_batches")),
+    "ssl_step": Check(steps.check_ssl_step, (*RUN_SETTINGS, "schedule_values", "iteration", "also_update_gram")),
+    "ssl_trajectory": Check(
+        steps.check_ssl_trajectory,
+        (*RUN_SETTINGS, "schedules", "num_steps", "num_batches", "gram_teacher_updates"),
+    ),
     "schedules": Check(schedules.check_primitives, tuple(schedules.PRIMITIVES)),
     "collate": Check(
         masking.check_collate,
