@@ -170,6 +170,13 @@ def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
     assert hidden(tmp_path) == []
 
 
+def test_the_best_checkpoint_stays_however_old(tmp_path):
+    for step in range(2, 14, 2):
+        save(tmp_path, step)
+        remove_old_checkpoints(tmp_path, step, keep_last=2, keep_every=None, keep_step=4)
+    assert steps(tmp_path) == [4, 10, 12]
+
+
 @pytest.mark.parametrize("keep_last", [None, 0, -1])
 def test_all_are_kept_without_a_limit(tmp_path, keep_last):
     for step in (2, 4, 6):

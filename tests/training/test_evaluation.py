@@ -8,8 +8,9 @@ from transformers import TrainerCallback
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.evals.dense_health import dense_health
 from dinov3_hf.evals.features import ImageList, center_crop, extract_features
+from dinov3_hf.evals.knn import leave_one_out_accuracies
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
-from dinov3_hf.training.evaluation import DenseHealthCallback, Evaluator, KnnCallback, described
+from dinov3_hf.training.evaluation import DenseHealthCallback, DriftCallback, Evaluator, KnnCallback, described
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 from dinov3_hf.training.teacher_folder import image_processor
 from tests.training.test_ssl_trainer import make_args, make_trainer
@@ -130,3 +131,26 @@ def test_what_people_read():
     logs = {"loss": 3.0, "eval_knn_top1": 63.06, "eval_patch_cls_cosine": 0.25, "eval_mine": 1234.5, "step": 3}
     assert described(logs) == {"kNN top-1": "63.1 %", "patch-CLS cosine": "0.250", "mine": "1234"}
     assert described({"loss": 3.0}) == {}
+
+
+def test_drift_is_that_from_the_start(tmp_path):
+    args = make_args(tmp_path)
+    model = DINOv3ForPreTraining(args.pretraining_config())
+    images = load_images("digits", split="train")
+    callback = DriftCallback(images, model.teacher.backbone, args, num_images=6)
+    found = callback.evaluate(model.teacher.backbone, args)
+    assert (found["cls_drift"], found["patch_drift"]) == pytest.approx((0, 0), abs=1e-6)
+    health = DenseHealthCallback(images, num_images=6).evaluate(model.teacher.backbone, args)
+    assert health.items() <= found.items()
+    torch.nn.init.normal_(model.teacher.backbone.norm.bias)
+    moved = callback.evaluate(model.teacher.backbone, args)
+    assert min(moved["cls_drift"], moved["patch_drift"]) > 0.01
+
+
+def test_without_a_query_each_image_is_classified_by_all_the_others(tmp_path):
+    args = make_args(tmp_path)
+    backbone = DINOv3ForPreTraining(args.pretraining_config()).teacher.backbone
+    digits = load_images("digits", split="test", labelled=True)
+    features = extract_features(backbone, digits, image_processor(args), digits.labels)
+    expected = leave_one_out_accuracies(features, [20])[20]
+    assert KnnCallback(digits, None).evaluate(backbone, args) == expected

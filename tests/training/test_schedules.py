@@ -245,3 +245,22 @@ def test_a_value_costs_no_table():
     # A billion steps: anything proportional to the run would not return.
     value = warmup_cosine(5 * 10**8, start=0, peak=1, end=0, warmup_steps=0, max_steps=10**9 + 1)
     assert value == pytest.approx(0.5)
+
+
+def test_the_backbone_waits_for_its_heads_and_then_catches_up():
+    fields = {
+        "max_steps": 20,
+        "lr": Schedule(0.0, 1.0, 0.1, warmup_steps=4),
+        "weight_decay": Schedule.constant(0.04),
+        "teacher_momentum": Schedule.constant(0.9),
+        "teacher_temperature": Schedule.constant(0.07),
+        "local_loss_weight": Schedule.constant(1.0),
+    }
+    waiting = TrainingSchedules(**fields, head_steps=5, ramp_steps=4)
+    shares = [waiting.at(step)["backbone_lr"] / max(waiting.at(step)["lr"], 1e-9) for step in range(20)]
+    assert shares == pytest.approx([0] * 5 + [0, 0.25, 0.5, 0.75] + [1] * 11)
+    at_once = TrainingSchedules(**fields, head_steps=5)
+    assert [at_once.at(step)["backbone_lr"] > 0 for step in range(20)] == [step >= 5 for step in range(20)]
+    plain = TrainingSchedules(**fields)
+    assert not plain.backbone_waits and "backbone_lr" not in plain.at(3)
+    assert waiting.at(7) == {**plain.at(7), "backbone_lr": plain.at(7)["lr"] * 0.5}

@@ -179,7 +179,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def remove_old_checkpoints(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None) -> None:
+def remove_old_checkpoints(
+    output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, keep_step: int | None = None
+) -> None:
     """
     Remove what the newest complete checkpoints make superfluous.
 
@@ -188,6 +190,7 @@ def remove_old_checkpoints(output_dir: Path, step: int, keep_last: int | None, k
         step: of the newest checkpoint; later ones, of a run that was taken back, stay until they are written again.
         keep_last: number of complete checkpoints to keep; None, 0 or less keeps all.
         keep_every: checkpoints whose step is a multiple are kept in any case.
+        keep_step: the checkpoint of this step is kept in any case.
     """
     if keep_last is None or keep_last <= 0:
         return
@@ -195,7 +198,8 @@ def remove_old_checkpoints(output_dir: Path, step: int, keep_last: int | None, k
     complete = [folder for folder in folders if problem(folder) is None]
     for folder in folders:
         is_old = step_of(folder) < step_of(complete[-keep_last:][0])
-        if is_old and not (keep_every and step_of(folder) % keep_every == 0):
+        is_kept = step_of(folder) == keep_step or (keep_every and step_of(folder) % keep_every == 0)
+        if is_old and not is_kept:
             try:
                 _remove(folder)
             except OSError as error:

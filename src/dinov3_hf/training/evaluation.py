@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from dinov3_hf.data.sources.base import Images
 from dinov3_hf.evals.dense_health import dense_health
-from dinov3_hf.evals.features import ImageList, Picture, center_crop, extract_features
-from dinov3_hf.evals.knn import knn_accuracy
+from dinov3_hf.evals.drift import drift
+from dinov3_hf.evals.features import Features, ImageList, Picture, center_crop, extract_features
+from dinov3_hf.evals.knn import knn_accuracy, leave_one_out_accuracies
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_folder import image_processor
 
@@ -22,7 +23,10 @@ LABELS = {
     "eval_knn_top5": ("kNN top-5", "{:.1f} %"),
     "eval_patch_cls_cosine": ("patch-CLS cosine", "{:.3f}"),
     "eval_patch_similarity_entropy": ("patch-similarity entropy", "{:.3f}"),
+    "eval_cls_drift": ("CLS drift", "{:.3f}"),
+    "eval_patch_drift": ("patch drift", "{:.3f}"),
 }
+NUM_NEIGHBOURS = 20  # as published
 
 
 class LabelledImages(Images, Protocol):
@@ -62,10 +66,10 @@ class KnnCallback(Evaluator):
 
     Args:
         reference: labelled images that vote.
-        query: labelled images whose class is asked for.
+        query: labelled images whose class is asked for; None asks for that of each reference image, of all the others.
     """
 
-    def __init__(self, reference: LabelledImages, query: LabelledImages) -> None:
+    def __init__(self, reference: LabelledImages, query: LabelledImages | None) -> None:
         self.reference = reference
         self.query = query
         self._has_warned = False
@@ -76,18 +80,20 @@ class KnnCallback(Evaluator):
             "bf16": args.bf16,
             "max_unreadable_share": args.max_unreadable_share,
         }
-        reference, query = (
-            extract_features(backbone, images, image_processor(args), images.labels, **settings)
-            for images in (self.reference, self.query)
-        )
-        unreadable = [*reference.unreadable, *query.unreadable]
+        parts = [images for images in (self.reference, self.query) if images is not None]
+        features = [
+            extract_features(backbone, images, image_processor(args), images.labels, **settings) for images in parts
+        ]
+        unreadable = [message for found in features for message in found.unreadable]
         if unreadable and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "%d of %d images could not be read, the evaluation leaves them out; the first: %s",
-                *(len(unreadable), len(self.reference) + len(self.query), unreadable[0]),
+                *(len(unreadable), sum(map(len, parts)), unreadable[0]),
             )
-        return knn_accuracy(reference, query, device=args.device)
+        if self.query is None:
+            return leave_one_out_accuracies(features[0], [NUM_NEIGHBOURS], device=args.device)[NUM_NEIGHBOURS]
+        return knn_accuracy(*features, k=NUM_NEIGHBOURS, device=args.device)
 
 
 class DenseHealthCallback(Evaluator):
@@ -106,12 +112,15 @@ class DenseHealthCallback(Evaluator):
         self._sample: list[Picture] = []
 
     def evaluate(self, backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+        return dense_health(self.features(backbone, args), args.device)
+
+    def features(self, backbone: PreTrainedModel, args: SSLConfig) -> Features:
+        """What a backbone says about the sample."""
         if not self._sample:
             self._sample = self._read(args.global_crop_size)
-        features = extract_features(
+        return extract_features(
             backbone, ImageList(self._sample), image_processor(args), with_patches=True, bf16=args.bf16
         )
-        return dense_health(features, args.device)
 
     def _read(self, size: int) -> list[Picture]:
         count = min(self.num_images, len(self.images))
@@ -124,6 +133,27 @@ class DenseHealthCallback(Evaluator):
         if not sample:
             raise ValueError(f"none of {count} training images can be read; look at their files.")
         return sample
+
+
+class DriftCallback(DenseHealthCallback):
+    """
+    Health of the dense features, and how far CLS and patches have moved from a model that training started from:
+    `eval_cls_drift`, `eval_patch_drift`, as `dinov3_hf.evals.drift` defines them.
+
+    Args:
+        images, num_images: as of [`DenseHealthCallback`].
+        start: that model, before its first step. It is asked here and now, so that a resumed run compares with the
+            same features.
+        args: of the run.
+    """
+
+    def __init__(self, images: Images, start: PreTrainedModel, args: SSLConfig, num_images: int = 128) -> None:
+        super().__init__(images, num_images)
+        self._start = self.features(start, args)
+
+    def evaluate(self, backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:
+        features = self.features(backbone, args)
+        return {**dense_health(features, args.device), **drift(self._start, features)}
 
 
 def ask(callbacks: Iterable[TrainerCallback], backbone: PreTrainedModel, args: SSLConfig) -> dict[str, float]:

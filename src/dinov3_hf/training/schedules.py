@@ -325,6 +325,8 @@ class TrainingSchedules:
         freeze_last_layer_steps: number of first steps in which the heads' last layers have learning rate 0.
         gram_weight: weight of L_Gram; None in a run without a Gram teacher.
         gram_start_step: first step in which L_Gram counts.
+        head_steps: number of first steps in which the backbone has learning rate 0, for fresh heads to learn.
+        ramp_steps: number of steps, after those, in which the backbone's learning rate rises to that of the rest.
     """
 
     max_steps: int
@@ -336,13 +338,22 @@ class TrainingSchedules:
     freeze_last_layer_steps: int = 0
     gram_weight: Schedule | None = None
     gram_start_step: int = 0
+    head_steps: int = 0
+    ramp_steps: int = 0
+
+    @property
+    def backbone_waits(self) -> bool:
+        """Whether the backbone has a learning rate of its own."""
+        return self.head_steps + self.ramp_steps > 0
 
     def at(self, step: int) -> dict[str, float]:
         """Values of optimizer step `step`: `lr`, `last_layer_lr`, `weight_decay`, `teacher_momentum`,
-        `teacher_temperature`, `local_loss_weight`, and `gram_weight` where there is a Gram teacher.
+        `teacher_temperature`, `local_loss_weight`; `gram_weight` where there is a Gram teacher; `backbone_lr` where
+        the backbone waits for its heads.
 
         The last layers are frozen by their learning rate, not by their gradients: AdamW's moments go on, its decoupled
-        weight decay (learning rate x weight decay) stops with the rate. The schedule of the rate is not shifted.
+        weight decay (learning rate x weight decay) stops with the rate. The schedule of the rate is not shifted. So is
+        the backbone.
         """
         lr = self.lr.at(step, self.max_steps)
         values = {
@@ -356,4 +367,12 @@ class TrainingSchedules:
         if self.gram_weight is not None:
             counts = step >= self.gram_start_step
             values["gram_weight"] = self.gram_weight.at(step, self.max_steps) if counts else 0.0
+        if self.backbone_waits:
+            values["backbone_lr"] = lr * self._backbone_share(step)
         return values
+
+    def _backbone_share(self, step: int) -> float:
+        """The backbone's share of the learning rate: 0 while it waits, then a line that excludes its end point, 1."""
+        if step < self.head_steps:
+            return 0.0
+        return min(1.0, (step - self.head_steps) / self.ramp_steps) if self.ramp_steps else 1.0

@@ -208,6 +208,12 @@ class SSLConfig(GramConfig):
             "(digits), else none."
         ),
     )
+    eval_leave_one_out: bool = field(
+        default=False,
+        metadata=orchestration(
+            "Classify each image of eval_data by all the others, training and test images together: for small sets."
+        ),
+    )
     max_unreadable_share: float = field(
         default=0.05,
         metadata=orchestration(
@@ -298,7 +304,7 @@ class SSLConfig(GramConfig):
         values = super().result_fields(recipe)
         for head in ("dino_head", "ibot_head"):
             values[head] = {**PROTOTYPE_HEAD_DEFAULTS, **values[head]}
-        backbone = _backbone_config({"image_size": values["global_crop_size"], **values["backbone"]})
+        backbone = cls.backbone_of(values)
         values["backbone"] = {name: plain(backbone.__dict__[name]) for name in own_annotations(type(backbone))}
         return values
 
@@ -327,7 +333,12 @@ class SSLConfig(GramConfig):
             ArgumentError: no such preset or field, or a value of the wrong type.
             ValueError: the backbone's own checks.
         """
-        return _backbone_config({"image_size": self.global_crop_size, **self.backbone})
+        return self.backbone_of(self.__dict__)
+
+    @classmethod
+    def backbone_of(cls, recipe: Mapping[str, Any]) -> PreTrainedConfig:
+        """What `backbone_config` returns, from the fields of a whole recipe."""
+        return _backbone_config({"image_size": recipe["global_crop_size"], **recipe["backbone"]})
 
     def pretraining_config(self) -> "DINOv3PreTrainingConfig":
         """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""

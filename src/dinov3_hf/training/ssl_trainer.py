@@ -82,7 +82,8 @@ class SSLTrainer(Trainer):
         model: student, teacher and heads.
         args: the recipe.
         train_images: what to learn from; labels are not looked at.
-        eval_images: labelled reference and query images for the k-nearest-neighbour evaluation of the teacher.
+        eval_images: labelled reference and query images for the k-nearest-neighbour evaluation of the teacher; None
+            for the query classifies each reference image by all the others.
         callbacks: further `TrainerCallback`s; an [`Evaluator`] measures what you like.
     """
 
@@ -98,7 +99,7 @@ class SSLTrainer(Trainer):
         model: DINOv3ForPreTraining,
         args: SSLConfig,
         train_images: Images,
-        eval_images: tuple[LabelledImages, LabelledImages] | None = None,
+        eval_images: tuple[LabelledImages, LabelledImages | None] | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.train_images = as_source(train_images, args.backbone_config().num_channels)
@@ -254,6 +255,7 @@ class SSLTrainer(Trainer):
                 self.submodules,
                 layerwise_lr_decay=args.layerwise_lr_decay,
                 patch_embed_lr_mult=args.patch_embed_lr_mult,
+                rates={"backbone": "backbone_lr"} if self.schedules.backbone_waits else None,
             )
             self.optimizer = AdamW(
                 groups,
@@ -395,7 +397,8 @@ class SSLTrainer(Trainer):
                 self._staging = None
         # Behind a skipped step the weights may be ruined already: keep what was saved before.
         if args.should_save and not self.guard.step_was_skipped:
-            remove_old_checkpoints(output_dir, step, args.save_total_limit, args.keep_every_steps)
+            best = self.state.best_global_step
+            remove_old_checkpoints(output_dir, step, args.save_total_limit, args.keep_every_steps, keep_step=best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
