@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 DATA = "train_data.json"
+# What they gave is in every checkpoint: a run goes on when the folder has moved or is gone.
+READ_AT_THE_START = ("start_from", "start_with")
 
 
 def find_checkpoint(wanted: str | None, args: RecipeConfig, fingerprint: Mapping[str, Any]) -> Path | None:
@@ -36,7 +38,8 @@ def find_checkpoint(wanted: str | None, args: RecipeConfig, fingerprint: Mapping
     """
     if wanted is None:
         return None
-    folder = _newest_complete(Path(args.output_dir or ".")) if wanted == "last" else _explicit(Path(wanted))
+    output_dir = Path(args.output_dir or ".")
+    folder = newest_checkpoint(output_dir) if wanted == "last" else complete_checkpoint(Path(wanted))
     _check_recipe(folder, args, fingerprint)
     return folder
 
@@ -55,7 +58,22 @@ class IntervalsOfThisRun(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
-def _newest_complete(output_dir: Path) -> Path:
+def newest_checkpoint(
+    output_dir: Path,
+    purpose: str = "resume from",
+    remedy: str = "leave out --resume_from_checkpoint to start afresh",
+) -> Path:
+    """
+    The newest complete checkpoint of a run; incomplete ones that are passed over are named in a warning.
+
+    Args:
+        output_dir: of the run.
+        purpose: what it is for, in messages.
+        remedy: what to do where there is none.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     incomplete: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
         why = problem(folder, checksums=True)
@@ -65,16 +83,18 @@ def _newest_complete(output_dir: Path) -> Path:
             return folder
         incomplete.append(f"{folder.name} ({why})")
     if incomplete:
-        raise FileNotFoundError(
-            f"{output_dir} holds no complete checkpoint: {', '.join(incomplete)}; leave out --resume_from_checkpoint "
-            "to start afresh."
-        )
-    raise FileNotFoundError(
-        f"{output_dir} holds no checkpoint to resume from; leave out --resume_from_checkpoint to start afresh."
-    )
+        raise FileNotFoundError(f"{output_dir} holds no complete checkpoint: {', '.join(incomplete)}; {remedy}.")
+    raise FileNotFoundError(f"{output_dir} holds no checkpoint to {purpose}; {remedy}.")
 
 
-def _explicit(folder: Path) -> Path:
+def complete_checkpoint(folder: Path) -> Path:
+    """
+    `folder`, if it is a complete checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is incomplete.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no checkpoint: there is no such folder; name a checkpoint-N, or last.")
     why = problem(folder, checksums=True)
@@ -89,6 +109,9 @@ def _check_recipe(folder: Path, args: RecipeConfig, fingerprint: Mapping[str, An
     if data_file.is_file():  # images, wherever they lie now
         saved["train_data"] = json.loads(data_file.read_text(encoding="utf-8"))
         current["train_data"] = fingerprint
+    for name in READ_AT_THE_START:
+        saved.pop(name, None)
+        current.pop(name, None)
     changes = ", ".join(
         f"{name} is {there!r} there and {here!r} here" for name, there, here in _differences(saved, current)
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -49,6 +49,22 @@ class SSLConfig(GramConfig):
     ibot_head: dict[str, Any] = field(
         default_factory=dict,
         metadata=changes_the_result("Prototype head on masked patches; entries as in dino_head."),
+    )
+
+    # --- changes the result: start ---
+    start_from: str | None = field(
+        default=None,
+        metadata=changes_the_result(
+            "Where the weights come from: the output folder of a run, one of its checkpoint-N, or a teacher/ with its "
+            "heads; null is random weights. Steps count from 0. A resumed run does not read it again."
+        ),
+    )
+    start_with: Literal["state", "teacher"] = field(
+        default="state",
+        metadata=changes_the_result(
+            "What start_from gives: state is student, teacher, heads and AdamW's moments of a checkpoint; teacher is "
+            "the teacher and its heads for both networks, with a fresh optimizer."
+        ),
     )
 
     # --- changes the result: objective ---

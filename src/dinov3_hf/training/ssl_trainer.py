@@ -11,7 +11,8 @@ All overrides of the Trainer's internals are in this file:
     _clip_grad_norm         one clip per sub-module; a step that is not finite is skipped
     evaluate                what the evaluators among the callbacks say of the teacher
     log                     loss terms, norms, schedule values, images per second, guards
-    train                   looks for the checkpoint to go on from, and whether it belongs to this run
+    train                   looks for the checkpoint to go on from, and whether it belongs to this run; or for what a
+                            stage starts from
     _save_checkpoint        written beside, renamed when it is whole, older ones removed afterwards
     _save                   the training state's model, the arguments as YAML and the teacher as a model folder
     init_hf_repo, push_to_hub   the teacher's repository, and its upload
@@ -20,9 +21,9 @@ All overrides of the Trainer's internals are in this file:
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -66,12 +67,14 @@ from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.resume import RECIPE, IntervalsOfThisRun, find_checkpoint, save_fingerprint
 from dinov3_hf.training.run_card import write_run_card
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.starting_point import StartingPoint, find_start
 from dinov3_hf.training.teacher_folder import save_teacher_folder
 from dinov3_hf.training.unreadable_images import UnreadableImages
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+Found = TypeVar("Found")
 
 
 class SSLTrainer(Trainer):
@@ -85,6 +88,7 @@ class SSLTrainer(Trainer):
         eval_images: labelled reference and query images for the k-nearest-neighbour evaluation of the teacher; None
             for the query classifies each reference image by all the others.
         callbacks: further `TrainerCallback`s; an [`Evaluator`] measures what you like.
+        start: what `find_start(args)` has found already; by default it looks when a run with `start_from` begins.
     """
 
     model: DINOv3ForPreTraining
@@ -101,6 +105,7 @@ class SSLTrainer(Trainer):
         train_images: Images,
         eval_images: tuple[LabelledImages, LabelledImages | None] | None = None,
         callbacks: list[Any] | None = None,
+        start: StartingPoint | None = None,
     ) -> None:
         self.train_images = as_source(train_images, args.backbone_config().num_channels)
         super().__init__(
@@ -133,6 +138,7 @@ class SSLTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgressCallback())
         self.add_callback(IntervalsOfThisRun())
+        self._start = start
         self._staging: Path | None = None  # while a checkpoint is written
         self._step_values = StepValues()
         self._means = RunningMeans()
@@ -160,12 +166,14 @@ class SSLTrainer(Trainer):
             ignore_keys_for_eval: not used.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it is incomplete, or belongs to another recipe or other images.
+            FileNotFoundError: there is no such checkpoint, or nothing in `start_from`.
+            ValueError: it is incomplete, or belongs to another recipe or other images; what is in `start_from` is
+                another network.
             OSError: a checkpoint could not be written; the complete ones are as they were.
         """
         folder = self._checkpoint_to_go_on_from("last" if resume_from_checkpoint is True else resume_from_checkpoint)
         if folder is None:
+            self._load_start()
             self._load_gram_teacher()
         try:
             return super().train(resume_from_checkpoint=folder)
@@ -179,18 +187,28 @@ class SSLTrainer(Trainer):
         if gram_teacher is not None and source not in (None, COPY, EMA):
             load_gram_teacher(gram_teacher, self.args.backbone_config(), source)
 
+    def _load_start(self) -> None:
+        if self.args.start_from is not None:
+            start = self._as_first_process(lambda: self._start or find_start(self.args))
+            start.load_into(self.model)
+            start.load_optimizer(self.create_optimizer(), self.model.student)
+
     def _checkpoint_to_go_on_from(self, wanted: str | bool | None) -> str | None:
-        # One process looks, so that all agree; what it finds wrong is every process's error.
-        found: str | Exception | None = None
+        return self._as_first_process(lambda: self._find_checkpoint(str(wanted) if wanted else None))
+
+    def _as_first_process(self, find: Callable[[], Found]) -> Found:
+        """What the first process finds, for all, so that they agree; what it finds wrong is every process's error."""
+        found: Any = None
         if self.is_world_process_zero():
             try:
-                found = self._find_checkpoint(str(wanted) if wanted else None)
+                found = find()
             except Exception as error:
                 found = error
         (found,) = broadcast_object_list([found])
         if isinstance(found, Exception):
             raise found
-        return found
+        result: Found = found
+        return result
 
     def _find_checkpoint(self, wanted: str | None) -> str | None:
         output_dir = Path(self.args.output_dir or ".")
