@@ -95,15 +95,35 @@ def test_chain_equals_torchvision_crop_by_crop(chunk_elements, monkeypatch):
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("channels", [1, 2, 5])
 def test_images_without_colour_skip_what_needs_it(channels):
     crops, parameters = batch(channels)
-    output = Photometric(MEAN[:channels], STD[:channels])(crops, parameters)
+    photometric = Photometric([0.1 * (i + 1) for i in range(channels)], [0.2] * channels)
+    output = photometric(crops, parameters)
     if channels == 1:
-        expected = torch.stack([reference(crop, parameters, i) for i, crop in enumerate(crops)])
-        torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
+        expected = torch.stack([reference(crop, parameters, i) for i, crop in enumerate(crops)]) * STD[0] + MEAN[0]
+        torch.testing.assert_close(output * 0.2 + 0.1, expected, rtol=0, atol=2e-5)
     parameters = parameters | {"greyscale": ~parameters["greyscale"]}
-    torch.testing.assert_close(Photometric(MEAN[:channels], STD[:channels])(crops, parameters), output)
+    torch.testing.assert_close(photometric(crops, parameters), output)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_channels_without_colour_share_brightness_contrast_blur_and_solarizing(channels):
+    crops, parameters = batch(channels)
+    output = Photometric([0.0] * channels, [1.0] * channels)(crops, parameters)
+    for i, crop in enumerate(crops):
+        image = crop / 255
+        for operation in parameters["jitter_order"][i] if parameters["jitter"][i] else ():
+            factor = float(parameters["jitter_factor"][i, operation])
+            if operation == 0:
+                image = (image * factor).clamp(0, 1)
+            elif operation == 1:  # about the mean of all channels, which keeps the balance between them
+                image = (image * factor + image.mean() * (1 - factor)).clamp(0, 1)
+        if sigma := float(parameters["blur_sigma"][i]):
+            image = tv.gaussian_blur(image, [9, 9], [sigma, sigma])
+        if parameters["solarize"][i]:
+            image = torch.where(image >= 128 / 255, 1 - image, image)
+        torch.testing.assert_close(output[i], image, rtol=0, atol=2e-5)
 
 
 def test_without_distortions_only_normalisation_is_left():

@@ -91,6 +91,26 @@ def test_grey_models(tmp_path):
     assert extract_features(model, ImageList([np.zeros((1, 8, 1), np.uint8)]), processor).cls.shape == (1, 24)
 
 
+def test_models_of_several_channels(tmp_path):
+    save_tiny_vit(tmp_path, num_channels=5)
+    model, processor = load_model(str(tmp_path))
+    several = list(np.random.default_rng(0).integers(0, 256, (3, 40, 48, 5), dtype=np.uint8))
+    features = extract_features(model, ImageList(several), processor, with_patches=True)
+    pixels = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in several])
+    resized = v2.functional.resize(pixels / 255, [32, 32], antialias=True)
+    with torch.no_grad():
+        expected = model(pixel_values=(resized - 0.5) / 0.25).last_hidden_state
+    torch.testing.assert_close(features.cls, expected[:, 0], rtol=0, atol=0.02)  # resized as 8 bits, there as floats
+    assert features.patches.shape == (3, 16, 24)
+    for channel in range(5):
+        alone = np.asarray(center_crop(several[0][..., channel : channel + 1], 32))
+        np.testing.assert_array_equal(center_crop(several[0], 32)[..., channel], alone)
+    wide = np.asarray(center_crop(Image.fromarray(several[0][..., :3]), 32))  # what PIL does with all at once
+    np.testing.assert_array_equal(center_crop(several[0], 32)[..., :3], wide)
+    with pytest.raises(ValueError, match="images have 4 channels, and the image processor makes images of 5"):
+        extract_features(model, ImageList([several[0][..., :4]]), processor)
+
+
 def test_batches_and_workers_change_nothing(tmp_path):
     save_tiny_vit(tmp_path)
     model, processor = load_model(str(tmp_path))

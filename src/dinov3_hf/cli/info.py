@@ -35,6 +35,8 @@ PACKAGES = {
     "tensorboard": "train",
     "deepspeed": "deepspeed",
     "peft": "peft",
+    "matplotlib": "viz",
+    "tifffile": "tiff",
     "timm": "dev",
 }
 

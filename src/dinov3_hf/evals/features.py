@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -167,11 +167,22 @@ def to_picture(image: Picture) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def center_crop(image: Picture, size: int) -> Image.Image:
+def _is_beyond_pil(image: Picture) -> TypeGuard[np.ndarray]:
+    """Whether it has a number of channels that PIL images do not have, or have with transparency only."""
+    return isinstance(image, np.ndarray) and image.shape[-1] not in (1, 3)
+
+
+def center_crop(image: Picture, size: int) -> Picture:
     """The usual view of a photo in evaluations: 256 -> 224, and other sizes in that proportion.
 
     The short side is resized to 256/224 of `size` (bicubic) and the central `size` x `size` pixels are kept.
+
+    Returns:
+        A PIL image, or uint8 (size, size, C) of an array that has neither 1 nor 3 channels.
     """
+    if _is_beyond_pil(image):  # channel by channel, which is what happens to those of a PIL image
+        channels = [center_crop(Image.fromarray(channel), size) for channel in np.moveaxis(image, -1, 0)]
+        return np.stack([np.asarray(channel) for channel in channels], axis=-1)
     picture = to_picture(image)
     scale = size * 256 / 224 / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
@@ -325,13 +336,23 @@ class _Prepare:
         errors = []
         for row in rows:
             try:
-                pictures[row] = to_picture(self.images.image(row))
+                image = self.images.image(row)
+                pictures[row] = image if _is_beyond_pil(image) else to_picture(image)
             except ValueError as error:
                 errors.append(str(error))
         if not pictures:
             return [], None, errors
-        return (
-            list(pictures),
-            self.processor(list(pictures.values()), return_tensors="pt", **options)["pixel_values"],
-            errors,
+        batch = list(pictures.values())
+        if isinstance(batch[0], np.ndarray):
+            _check_statistics(self.processor, batch[0].shape[-1])
+            options["input_data_format"] = "channels_last"
+        return list(pictures), self.processor(batch, return_tensors="pt", **options)["pixel_values"], errors
+
+
+def _check_statistics(processor: BaseImageProcessor, num_channels: int) -> None:
+    num_values = len(processor.to_dict()["image_mean"])
+    if num_values != num_channels:
+        raise ValueError(
+            f"the images have {num_channels} channels, and the image processor makes images of {num_values}; "
+            "image_mean and image_std need one value a channel."
         )

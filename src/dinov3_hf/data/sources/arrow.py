@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinov3_hf.data.decoding import Content
+from dinov3_hf.data.decoding import Content, encoded_array
 from dinov3_hf.data.sources.base import (
     SPLIT_NAMES,
     ImageSource,
@@ -39,7 +39,7 @@ class ArrowImages(ImageSource):
 
     Args:
         rows: the data set.
-        image_column: holds encoded images, paths, or both, as `datasets.Image` stores them.
+        image_column: holds encoded images, paths, or both, as `datasets.Image` stores them, or arrays.
         label_column: holds the classes; None for no labels.
         files: names and numbers of rows of the files that the rows come from, in order, for `name`.
         data: what the data set is called in messages.
@@ -57,6 +57,7 @@ class ArrowImages(ImageSource):
         self.rows = rows  # not its column: a data set is handed to a worker by the name of its file
         self.image_column = image_column
         self.num_channels = num_channels
+        self.dtype = value_type(rows.features[image_column])
         self.files = [name for name, _ in files]
         self.ends = np.cumsum([num_rows for _, num_rows in files])
         if label_column is not None:
@@ -67,7 +68,7 @@ class ArrowImages(ImageSource):
         return len(self.rows)
 
     def content(self, i: int) -> Content:
-        value = cell(self.rows.data.column(self.image_column)[i].as_py())
+        value = cell(self.rows.data.column(self.image_column)[i].as_py(), self.dtype)
         return Path(value) if isinstance(value, str) else value or b""
 
     def name(self, i: int) -> str:
@@ -79,11 +80,30 @@ class ArrowImages(ImageSource):
         return {"images": len(self), "names": digest(names)}
 
 
-def cell(value: Any) -> bytes | str | None:
-    """Return what a cell of an image column holds: the encoded image, or else the path of its file."""
+def cell(value: Any, dtype: str | None) -> bytes | str | None:
+    """Return what a cell of an image column holds: the encoded image, or else the path of its file.
+
+    Args:
+        value: as the library gives it; an array becomes a .npy file.
+        dtype: of arrays, see `value_type`.
+    """
     if isinstance(value, dict):
         value = value["path"] if value["bytes"] is None else value["bytes"]
+    if isinstance(value, list | np.ndarray):
+        value = encoded_array(np.asarray(value, dtype=dtype))
     return value  # type: ignore[no-any-return]
+
+
+def value_type(feature: Any) -> str | None:
+    """Return the numpy name of the values of a column of arrays or nested lists; None for other columns."""
+    load = import_datasets()
+    if isinstance(feature, load.Array2D | load.Array3D | load.Array4D):
+        return str(feature.dtype)
+    while isinstance(feature, load.List | load.LargeList):
+        feature = feature.feature
+        if isinstance(feature, load.Value):
+            return str(feature.dtype)
+    return None
 
 
 def open_parquet(

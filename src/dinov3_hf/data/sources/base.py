@@ -9,13 +9,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from dinov3_hf.data.decoding import MODES, Content, UnreadableImage, open_image
+from dinov3_hf.data.decoding import MODES, Content, UnreadableImage, UnsuitableImage, open_image
 
 Split = Literal["train", "test"]
 
 # What the splits are called in the names of folders and files and on the Hub; the first that exists is taken.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val", "validation")}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAY_SUFFIXES = (".npy",)  # images where there are no others; beside images they are more often something else
+NAMES_MUST_END = f"their names must end in {' '.join(IMAGE_SUFFIXES)} or {' '.join(ARRAY_SUFFIXES)}."
+NUM_TRIED = 8  # images of a source that are looked at before a run begins
 
 
 class NoSuchSplit(FileNotFoundError):
@@ -36,7 +39,7 @@ class ImageSource(ABC):
     Attributes:
         labels: class of each image, int64 (len,); None where there are no labels or none were asked for.
         class_names: what the labels stand for; None without labels.
-        num_channels: 3 for RGB, 1 for grey.
+        num_channels: 3 for RGB, 1 for grey, or as many as the images have.
     """
 
     labels: np.ndarray | None = None
@@ -74,6 +77,27 @@ class ImageSource(ABC):
         except UnreadableImage as error:
             raise ValueError(f"cannot read image {self.name(i)} ({error}); repair or remove it.") from error
 
+    def check_channels(self) -> None:
+        """Look at the first images until one can be read with `num_channels`.
+
+        Raises:
+            ValueError: none of them can, and not because they are broken.
+        """
+        unsuitable: str | None = None
+        for i in range(min(NUM_TRIED, len(self))):
+            try:
+                open_image(self.content(i), self.num_channels)
+            except UnsuitableImage as error:
+                unsuitable = (
+                    unsuitable or f"{self.name(i)} cannot be read with num_channels {self.num_channels} ({error})"
+                )
+            except UnreadableImage:
+                continue  # reported when its turn comes
+            else:
+                return
+        if unsuitable is not None:
+            raise ValueError(f"{unsuitable}, nor can other images beside it; set num_channels to what they have.")
+
 
 class GivenImages(ImageSource):
     """Images that a program brings along: any object with `len()` and `image(i)`."""
@@ -87,7 +111,9 @@ class GivenImages(ImageSource):
 
     def content(self, i: int) -> np.ndarray:
         image = self.images.image(i)
-        pixels = np.asarray(image.convert(MODES[self.num_channels]) if isinstance(image, Image.Image) else image)
+        if isinstance(image, Image.Image) and self.num_channels in MODES:
+            image = image.convert(MODES[self.num_channels])
+        pixels = np.asarray(image)
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
     def name(self, i: int) -> str:
@@ -98,8 +124,19 @@ class GivenImages(ImageSource):
 
 
 def as_source(images: Images, num_channels: int) -> ImageSource:
-    """Return `images` as an `ImageSource`, which most are already."""
-    return images if isinstance(images, ImageSource) else GivenImages(images, num_channels)
+    """Return `images` as an `ImageSource`, which most are already.
+
+    Raises:
+        ValueError: they are read with, or have, another number of channels.
+    """
+    source = images if isinstance(images, ImageSource) else GivenImages(images, num_channels)
+    if source.num_channels != num_channels:
+        raise ValueError(
+            f"the images are read with {source.num_channels} channels, and the model takes {num_channels}; open them "
+            f"with load_images(..., num_channels={num_channels})."
+        )
+    source.check_channels()
+    return source
 
 
 def part_and_row(ends: np.ndarray, i: int) -> tuple[int, int]:

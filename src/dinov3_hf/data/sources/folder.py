@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest
+from dinov3_hf.data.sources.base import ARRAY_SUFFIXES, IMAGE_SUFFIXES, NAMES_MUST_END, ImageSource, digest
 from dinov3_hf.data.sources.files import files_below
 
 
 class FolderImages(ImageSource):
-    """All image files below `root`, in the order of their names; hidden files are left out.
+    """All image files below `root`, or all arrays (.npy) where there are none, in the order of their names.
+
+    Hidden files are left out.
 
     With `labelled`, the class of an image is the sub-folder of `root` that it lies in, at whatever depth.
     """
@@ -19,13 +21,11 @@ class FolderImages(ImageSource):
     def __init__(self, root: Path, labelled: bool, num_channels: int):
         self.root = root
         self.num_channels = num_channels
-        names = files_below(root, IMAGE_SUFFIXES)
+        names = files_below(root, IMAGE_SUFFIXES) or files_below(root, ARRAY_SUFFIXES)
         if not names and not any(root.iterdir()):
             raise FileNotFoundError(f"folder {root} is empty; put images into it or name another folder.")
         if not names:
-            raise FileNotFoundError(
-                f"folder {root} holds no images; their names must end in {' '.join(IMAGE_SUFFIXES)}."
-            )
+            raise FileNotFoundError(f"folder {root} holds no images; {NAMES_MUST_END}")
         # One array of bytes: millions of Python strings would be copied into each worker, page by page.
         self.names = np.array([os.fsencode(name) for name in names])
         if labelled:

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dinov3_hf.data.decoding import MODES
 from dinov3_hf.data.sources.arrow import HUB_ID, hub_rows, import_datasets, open_parquet, open_rows
 from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES, ImageSource, NoSuchSplit, Split, one_line
 from dinov3_hf.data.sources.digits import DigitImages
@@ -42,29 +41,35 @@ def load_images(
             words in their names tell the same.
         labelled: whether `labels` and `class_names` are needed: of a folder the sub-folders, of a table the column
             label, labels or cls, of a tar file the `.cls` members.
-        num_channels: 3 for RGB, 1 for grey.
+        num_channels: 3 for RGB and 1 for grey, to which images are converted; any other number is that of the images.
 
     Raises:
         FileNotFoundError: no such data set, folder, file or split (`NoSuchSplit`), or no images in it.
-        ValueError: unknown split, no labels, files of several kinds, no image column, a broken file, `num_channels`
-            other than 1 and 3.
+        ValueError: unknown split, no labels, files of several kinds, no image column, a broken file, images with
+            another number of channels.
         ArgumentError: a data recipe that cannot be parsed.
     """
-    if num_channels not in MODES:
-        raise ValueError(f"images can be read with 1 or 3 channels, not {num_channels}.")
+    if num_channels < 1:
+        raise ValueError(f"num_channels {num_channels} is no number of channels; use 3 for RGB, 1 for grey.")
     if split not in (None, *SPLIT_NAMES):
         raise ValueError(f"unknown split {split!r}; use {' or '.join(SPLIT_NAMES)}.")
     data = str(source)
     if Path(data).suffix.lower() in RECIPE_SUFFIXES and not data.startswith(STREAM_PREFIX):
         return _open_recipe(read_data_recipe(Path(data).expanduser()), data, split, labelled, num_channels)
-    return _Opener(data, split, labelled, num_channels).open()
+    return _opened(_Opener(data, split, labelled, num_channels))
+
+
+def _opened(opener: "_Opener") -> ImageSource:
+    source = opener.open()
+    source.check_channels()  # rather than when a run has begun
+    return source
 
 
 def _open_recipe(recipe: DataRecipe, data: str, split: Split | None, labelled: bool, num_channels: int) -> ImageSource:
     def open_entry(entry: Entry, split: Split | None) -> ImageSource:
         opener = _Opener(entry.data, split, labelled, num_channels, entry.split, entry.config, entry.column)
         streamed = recipe.streams(entry) and not labelled
-        return replace(opener, shuffle_buffer=recipe.shuffle_buffer if streamed else None).open()
+        return _opened(replace(opener, shuffle_buffer=recipe.shuffle_buffer if streamed else None))
 
     if recipe.train is not None and (labelled or not recipe.sources) and split != "test":
         return open_entry(recipe.train, "train")

@@ -10,7 +10,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dinov3_hf.data.seeding import Stream, random_generator
-from dinov3_hf.data.sources.arrow import cell, find_image_column, import_datasets
+from dinov3_hf.data.sources.arrow import cell, find_image_column, import_datasets, value_type
 from dinov3_hf.data.sources.base import ImageSource, first_line
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class ImageStream(ImageSource):
         if isinstance(features[self.column], load.Image):
             dataset = dataset.cast_column(self.column, load.Image(decode=False))
         self.dataset = dataset
+        self.dtype = value_type(features[self.column])
         self.num_samples: int | None = None  # of one pass, known after the first
         self.kept = list(islice(self._read(range(dataset.num_shards)), NUM_KEPT))
 
@@ -118,11 +119,11 @@ class ImageStream(ImageSource):
     def _read(self, shards: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         for shard in map(int, shards):
             for row, sample in enumerate(self.dataset.shard(self.dataset.num_shards, shard)):
-                yield shard * ROWS_OF_A_SHARD + row, _encoded(sample[self.column])
+                yield shard * ROWS_OF_A_SHARD + row, _encoded(sample[self.column], self.dtype)
 
 
-def _encoded(value: Any) -> bytes:
-    value = cell(value)
+def _encoded(value: Any, dtype: str | None) -> bytes:
+    value = cell(value, dtype)
     if isinstance(value, str):
         import fsspec  # a dependency of datasets
 

@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, ImageSource, digest, one_line, part_and_row
+from dinov3_hf.data.sources.base import (
+    ARRAY_SUFFIXES,
+    IMAGE_SUFFIXES,
+    NAMES_MUST_END,
+    ImageSource,
+    digest,
+    one_line,
+    part_and_row,
+)
 
 NO_LABEL = -1
 LABEL_SUFFIX = ".cls"
@@ -23,7 +31,7 @@ LABEL_SUFFIX = ".cls"
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The images of one tar file, N of them in their order, 32 bytes each.
+    """The images of one tar file, or its arrays (.npy) if it has no images, N in their order, 32 bytes each.
 
     Attributes:
         headers: where their headers begin, int64 (N,).
@@ -52,7 +60,7 @@ class TarImages(ImageSource):
         indices = [tar_index(path) for path in self.files]
         self.ends = np.cumsum([len(index.starts) for index in indices])
         if self.ends[-1] == 0:
-            raise FileNotFoundError(f"{data} holds no images; their names must end in {' '.join(IMAGE_SUFFIXES)}.")
+            raise FileNotFoundError(f"{data} holds no images; {NAMES_MUST_END}")
         self.headers = np.concatenate([index.headers for index in indices])
         self.starts = np.concatenate([index.starts for index in indices])
         self.sizes = np.concatenate([index.sizes for index in indices])
@@ -100,12 +108,14 @@ def tar_index(path: Path) -> TarIndex:
             return TarIndex(
                 **{name: arrays[name] for name in arrays.files if name != "names"}, names=str(arrays["names"])
             )
-    index = _scan(path)
+    index = _scan(path, IMAGE_SUFFIXES)
+    if not len(index.starts):
+        index = _scan(path, ARRAY_SUFFIXES)
     _save(index, cached)
     return index
 
 
-def _scan(path: Path) -> TarIndex:
+def _scan(path: Path, suffixes: tuple[str, ...]) -> TarIndex:
     keys: list[str] = []
     places: list[tuple[int, int, int]] = []
     label_of: dict[str, int] = {}
@@ -116,7 +126,7 @@ def _scan(path: Path) -> TarIndex:
             key = folder + slash + file.partition(".")[0]  # what the members of one sample share
             if not member.isreg() or file.startswith("."):
                 continue
-            if file.lower().endswith(IMAGE_SUFFIXES):
+            if file.lower().endswith(suffixes):
                 keys.append(key)
                 places.append((member.offset, member.offset_data, member.size))
                 names.update(f"{member.name}\n{member.size}\n".encode())
@@ -152,7 +162,12 @@ def _label(path: Path, member: tarfile.TarInfo) -> int:
 def _cache_file(path: Path) -> Path:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     facts = path.stat()
-    key = digest([os.fsencode(path.resolve()), str(facts.st_size).encode(), str(facts.st_mtime_ns).encode()])
+    suffixes = " ".join(IMAGE_SUFFIXES + ARRAY_SUFFIXES)  # an index of fewer is not of all images
+    names = [
+        os.fsencode(path.resolve()),
+        *(str(fact).encode() for fact in (facts.st_size, facts.st_mtime_ns, suffixes)),
+    ]
+    key = digest(names)
     return Path(home).expanduser() / "dinov3_hf" / "tars" / f"{key}.npz"
 
 
