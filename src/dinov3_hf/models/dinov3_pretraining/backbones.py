@@ -42,7 +42,7 @@ def backbone_config_from_dict(config: dict[str, Any] | PreTrainedConfig | None) 
     return config_class(**fields)
 
 
-def check_masks(config: PreTrainedConfig, ibot_weight: float = 1.0, gram_tokens: str = "all") -> None:
+def check_masks(config: PreTrainedConfig, ibot_weight: float, gram_tokens: str) -> None:
     """Raise ValueError for an objective with masked patches on a backbone that cannot hide patches from itself."""
     if config.model_type not in WITHOUT_MASK_TOKEN:
         return
