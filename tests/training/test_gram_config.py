@@ -17,7 +17,7 @@ def test_the_fields_reach_model_views_and_schedules(tmp_path):
     assert not model.gram_per_image
     assert model.gram_group_size == 4
     assert (model.gram_negatives, model.gram_tokens, model.gram_antialias) == ("remove", "masked", True)
-    assert config.views().gram_crop_size == 32
+    assert config.views(*config.crop_size_mix().sizes).gram_crop_size == 32
     assert [config.schedules().at(step)["gram_weight"] for step in range(6)] == [0, 0, 0, 1.5, 1.5, 1.5]
 
 
@@ -84,8 +84,9 @@ def test_a_convnext_trains_without_masks(tmp_path):
     backbone = {"model_type": "dinov3_convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
     sizes = {"global_crop_size": 64, "local_crop_size": 40, "gram_crop_size": 96, "gram_teacher": "copy"}
     config = make_args(tmp_path, backbone=backbone, ibot_weight=0, **sizes)
-    assert not config.masks().counts.any()
-    assert config.masks().grid_height == 2
+    masks = config.masks(*config.crop_size_mix().sizes)
+    assert not masks.counts.any()
+    assert masks.grid_height == 2
     with pytest.raises(ValueError, match="ibot_weight"):
         make_args(tmp_path, backbone=backbone, **sizes)
     with pytest.raises(ValueError, match="global_crop_size 48 is not a multiple"):

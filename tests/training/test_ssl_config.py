@@ -109,10 +109,10 @@ def test_a_preset_can_be_changed(tmp_path):
 
 def test_views_and_masks_follow_the_recipe(tmp_path):
     config = tiny(tmp_path, num_local_crops=3, horizontal_flip=False, mask_probability=0.25, mask_ratio=[0.2, 0.4])
-    views = config.views()
+    views = config.views(*config.crop_size_mix().sizes)
     assert (views.global_crop_size, views.local_crop_size, views.num_local_crops) == (16, 8, 3)
     assert views.horizontal_flip is False
-    masks = config.masks()
+    masks = config.masks(*config.crop_size_mix().sizes)
     assert (masks.grid_height, masks.grid_width) == (4, 4)
     assert (masks.counts > 0).sum() == int(2 * 8 * 0.25)
 

@@ -88,6 +88,13 @@ def parse_crop_sizes(name: str, entries: Sequence[Mapping[str, Any]]) -> tuple[C
     return parsed
 
 
+def sizes_of_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What of a recipe's entries changes the result, in one spelling."""
+    return [
+        {name: entry.get(name) for name in ENTRY_TYPES if name != "per_device_train_batch_size"} for entry in entries
+    ]
+
+
 def _parse_entry(name: str, entry: Any) -> CropSizes:
     if not isinstance(entry, Mapping):
         raise ArgumentError(f"{name} is {entry!r}; expected a mapping such as {{global: 512, local: 112}}.")

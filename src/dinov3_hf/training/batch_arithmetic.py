@@ -71,6 +71,31 @@ def check_koleo_groups(group_size: int | None, topk: int, batch_size: int, accum
         )
 
 
+def check_part(name: str, size: int, micro_batch: int, koleo_group_size: int | None) -> None:
+    """Refuses a part of a rank's micro-batch, for one forward pass at a high resolution, that would change the result.
+
+    Args:
+        name: of the field that holds `size`.
+        size: images of the part.
+        micro_batch: images of a forward pass on one rank elsewhere in the run.
+        koleo_group_size: images among which nearest neighbours are sought; `None` is the whole global batch.
+
+    Raises:
+        ValueError: the parts do not tile the micro-batch, or tear groups of images.
+    """
+    if size < 1 or micro_batch % size:
+        raise ValueError(
+            f"{name} {size} does not divide the {micro_batch} images of a rank's micro-batch "
+            f"(per_device_train_batch_size); use {_nearest_divisors(micro_batch, size)}."
+        )
+    if size < micro_batch and (koleo_group_size is None or size % koleo_group_size):
+        groups = "the whole global batch" if koleo_group_size is None else f"groups of {koleo_group_size} images"
+        raise ValueError(
+            f"{name} {size} tears what KoLeo looks at together, {groups}; set koleo_group_size to {size} or a divisor "
+            f"of it, or {name} to a multiple of the group."
+        )
+
+
 def check_gram_groups(group_size: int | None, micro_batch: int, global_batch_size: int) -> None:
     """Refuses groups of L_Gram that do not tile the images of one forward pass on one rank.
 

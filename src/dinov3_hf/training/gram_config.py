@@ -88,19 +88,33 @@ class GramConfig(RecipeConfig):
         """
         self._check_gram_choices()
         self._check_gram_steps()
-        check_gram_groups(
-            None if self.gram_per_image else (self.gram_group_size or self.global_batch_size),
-            self.train_batch_size,
-            self.global_batch_size,
-        )
+        self.check_gram_batch(self.train_batch_size)
 
-    def _check_gram_choices(self) -> None:
-        if self.gram_crop_size is not None and self.gram_teacher in (None, EMA):
+    def check_gram_batch(self, micro_batch: int) -> None:
+        """Refuse groups of L_Gram that do not tile `micro_batch` images of one forward pass on one rank.
+
+        Raises:
+            ValueError: they do not.
+        """
+        group_size = None if self.gram_per_image else (self.gram_group_size or self.global_batch_size)
+        check_gram_groups(group_size, micro_batch, self.global_batch_size)
+
+    def check_gram_crops(self, name: str, size: int) -> None:
+        """Refuse crops for the Gram teacher alone, asked for by the field `name`, where nobody looks at them.
+
+        Raises:
+            ArgumentError: there is no Gram teacher, or it is the EMA teacher.
+        """
+        if self.gram_teacher in (None, EMA):
             remedy = "set gram_teacher: copy" if self.gram_teacher is None else "the EMA teacher sees the global crops"
             raise ArgumentError(
-                f"gram_crop_size {self.gram_crop_size} is for a Gram teacher with crops of its own, but gram_teacher "
-                f"is {self.gram_teacher or 'null'}; {remedy}, or leave gram_crop_size out."
+                f"{name} {size} is for a Gram teacher with crops of its own, but gram_teacher is "
+                f"{self.gram_teacher or 'null'}; {remedy}, or leave {name} out."
             )
+
+    def _check_gram_choices(self) -> None:
+        if self.gram_crop_size is not None:
+            self.check_gram_crops("gram_crop_size", self.gram_crop_size)
         if self.gram_refresh_steps is not None and self.gram_teacher in (None, EMA):
             remedy = "set gram_teacher: copy" if self.gram_teacher is None else "the EMA teacher is always fresh"
             raise ArgumentError(

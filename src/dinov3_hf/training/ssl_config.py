@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedConfig
 
+from dinov3_hf.data.crop_sizes import CropSizeMix, CropSizes, parse_crop_sizes, sizes_of_entries
 from dinov3_hf.data.masking import MaskSampler
 from dinov3_hf.data.multicrop import MultiCropViews, check_crop_size
 from dinov3_hf.data.photometric import Distortions
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.field_types import fit_mapping
-from dinov3_hf.training.batch_arithmetic import check_koleo_groups
+from dinov3_hf.training.batch_arithmetic import check_koleo_groups, check_part
 from dinov3_hf.training.gram_config import EMA, GramConfig
 from dinov3_hf.training.recipe_config import changes_the_result, orchestration, plain
 from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_steps
@@ -146,6 +147,14 @@ class SSLConfig(GramConfig):
         default=96,
         metadata=changes_the_result("Side of the local crops in pixels."),
     )
+    crop_sizes: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata=changes_the_result(
+            "Sizes to mix, in the place of global_crop_size, local_crop_size and gram_crop_size: a list of {global, "
+            "local, gram, probability}, one of which is drawn for each step. An entry's "
+            "per_device_train_batch_size bounds the images of one forward pass at its sizes."
+        ),
+    )
     num_local_crops: int = field(
         default=8,
         metadata=changes_the_result("Local crops of an image."),
@@ -252,6 +261,7 @@ class SSLConfig(GramConfig):
             self.train_batch_size * self.world_size,
             self.gradient_accumulation_steps,
         )
+        self._check_crop_sizes(backbone_config)
 
     def _choose_evaluation(self) -> None:
         if self.eval_data == "auto":
@@ -312,6 +322,32 @@ class SSLConfig(GramConfig):
                     "value for each channel."
                 )
 
+    def _check_crop_sizes(self, backbone: PreTrainedConfig) -> None:
+        from dinov3_hf.models.dinov3_pretraining.backbones import WITHOUT_MASK_TOKEN, patch_side
+
+        if self.crop_sizes is None:
+            return
+        side, mixed = patch_side(backbone), self.crop_size_mix().sizes
+        wants_gram = self.gram_crop_size is not None or any(sizes.gram_crop_size for sizes in mixed)
+        for i, sizes in enumerate(mixed):
+            entry = f"crop_sizes.{i}"
+            check_crop_size(f"{entry}.global", sizes.global_crop_size, side)
+            if self.num_local_crops and backbone.model_type not in WITHOUT_MASK_TOKEN:
+                check_crop_size(f"{entry}.local", sizes.local_crop_size, side)
+            if sizes.gram_crop_size is not None:
+                self.check_gram_crops(f"{entry}.gram", sizes.gram_crop_size)
+                check_crop_size(f"{entry}.gram", sizes.gram_crop_size, side)
+            elif wants_gram:
+                raise ArgumentError(
+                    f"{entry} has no gram, but the Gram teacher has crops of its own (gram_crop_size, or another "
+                    "entry); give gram in every entry, or nowhere."
+                )
+            part = sizes.per_device_train_batch_size
+            if part is not None:
+                name = f"{entry}.per_device_train_batch_size"
+                check_part(name, part, self.train_batch_size, self.koleo_group_size)
+                self.check_gram_batch(part)
+
     @classmethod
     def result_fields(cls, recipe: Mapping[str, Any]) -> dict[str, Any]:
         from dinov3_hf.models.dinov3_pretraining.backbones import own_annotations
@@ -320,6 +356,8 @@ class SSLConfig(GramConfig):
         values = super().result_fields(recipe)
         for head in ("dino_head", "ibot_head"):
             values[head] = {**PROTOTYPE_HEAD_DEFAULTS, **values[head]}
+        if values["crop_sizes"] is not None:
+            values["crop_sizes"] = sizes_of_entries(values["crop_sizes"])
         backbone = cls.backbone_of(values)
         values["backbone"] = {name: plain(backbone.__dict__[name]) for name in own_annotations(type(backbone))}
         return values
@@ -385,15 +423,25 @@ class SSLConfig(GramConfig):
             config._attn_implementation = self.attn_implementation  # and the backbone's
         return config
 
-    def views(self) -> MultiCropViews:
-        """What the data workers cut from each image."""
+    def crop_size_mix(self) -> CropSizeMix:
+        """Which sizes of crops each step has."""
+        if self.crop_sizes is None:
+            sizes: tuple[CropSizes, ...] = (
+                CropSizes(self.global_crop_size, self.local_crop_size, self.gram_crop_size),
+            )
+        else:
+            sizes = parse_crop_sizes("crop_sizes", self.crop_sizes)
+        return CropSizeMix(sizes, self.seed)
+
+    def views(self, sizes: CropSizes) -> MultiCropViews:
+        """What the data workers cut from each image in a step with crops of `sizes`."""
         brightness, contrast, saturation, hue = self.color_jitter
         first_global, second_global, local = self.blur_probabilities
         return MultiCropViews(
-            global_crop_size=self.global_crop_size,
-            local_crop_size=self.local_crop_size,
+            global_crop_size=sizes.global_crop_size,
+            local_crop_size=sizes.local_crop_size,
             num_local_crops=self.num_local_crops,
-            gram_crop_size=self.gram_crop_size,
+            gram_crop_size=sizes.gram_crop_size,
             global_crop_scale=(self.global_crop_scale[0], self.global_crop_scale[1]),
             local_crop_scale=(self.local_crop_scale[0], self.local_crop_scale[1]),
             horizontal_flip=self.horizontal_flip,
@@ -406,12 +454,12 @@ class SSLConfig(GramConfig):
             ),
         )
 
-    def masks(self) -> MaskSampler:
-        """What draws the masks of the global crops."""
+    def masks(self, sizes: CropSizes) -> MaskSampler:
+        """What draws the masks of the global crops in a step with crops of `sizes`."""
         from dinov3_hf.models.dinov3_pretraining.backbones import patch_side
 
         return MaskSampler(
-            self.global_crop_size // patch_side(self.backbone_config()),
+            sizes.global_crop_size // patch_side(self.backbone_config()),
             probability=0.0 if self.mask_free else self.mask_probability,
             ratio_range=(self.mask_ratio[0], self.mask_ratio[1]),
             circular_shift=self.mask_circular_shift,

@@ -3,11 +3,11 @@
 All overrides of the Trainer's internals are in this file:
 
     get_train_dataloader    one endless stream of samples, the same whatever ranks and accumulation
-    get_batch_samples       the wait for data; with accumulation, the teacher's targets are balanced over all
-                            micro-batches of a step
+    get_batch_samples       the wait for data; at high resolutions micro-batches are split; where there are several,
+                            the teacher's targets are balanced over all micro-batches of a step
     create_optimizer        parameter groups with layer-wise rates;  create_scheduler  learning rate and weight decay
     compute_loss            crops are finished on the device, schedules enter the step
-    training_step           a loss that is not finite stays out of the Trainer's own sum
+    training_step           the parts of a micro-batch; a loss that is not finite stays out of the Trainer's own sum
     _clip_grad_norm         one clip per sub-module; a step that is not finite is skipped
     evaluate                what the evaluators among the callbacks say of the teacher
     log                     loss terms, norms, schedule values, images per second, guards
@@ -22,6 +22,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,8 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from dinov3_hf.data.collators import collate_views
+from dinov3_hf.data.collators import collate_views, split_batch
+from dinov3_hf.data.crop_sizes import MixedSizes
 from dinov3_hf.data.datasets import SSLDataset
 from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import StreamSampler
@@ -93,7 +95,7 @@ class SSLTrainer(Trainer):
 
     model: DINOv3ForPreTraining
     args: SSLConfig
-    train_dataset: SSLDataset
+    train_dataset: MixedSizes
     optimizer: Optimizer | None
     hub_model_id: str | None  # type: ignore[assignment]  # the full name, once the repository exists
     lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # the Trainer says LambdaLR and takes any
@@ -108,10 +110,15 @@ class SSLTrainer(Trainer):
         start: StartingPoint | None = None,
     ) -> None:
         self.train_images = as_source(train_images, args.backbone_config().num_channels)
+        self.crop_sizes = args.crop_size_mix()
+        datasets = [
+            SSLDataset(self.train_images, args.views(sizes), args.masks(sizes), seed=args.seed)
+            for sizes in self.crop_sizes.sizes
+        ]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SSLDataset(self.train_images, args.views(), args.masks(), seed=args.seed),
+            train_dataset=MixedSizes(datasets, self.crop_sizes, args.global_batch_size),
             eval_dataset=self.train_images if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
@@ -140,6 +147,7 @@ class SSLTrainer(Trainer):
         self.add_callback(IntervalsOfThisRun())
         self._start = start
         self._staging: Path | None = None  # while a checkpoint is written
+        self._num_parts = 1  # forward passes of the present step
         self._step_values = StepValues()
         self._means = RunningMeans()
         self._data_wait = DataWait()
@@ -242,17 +250,22 @@ class SSLTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | int | None]:
+    ) -> tuple[list[list[Batch]], Tensor | int | None]:
         """
-        The micro-batches of one optimizer step. When there are several, the teacher looks at all of them first, so
-        that Sinkhorn-Knopp balances its targets over the whole batch and accumulation changes nothing but memory.
+        The loader's micro-batches of one optimizer step, each in the parts in which its resolution fits the memory.
+        When there are several in all, the teacher looks at all of them first, so that Sinkhorn-Knopp balances its
+        targets over the whole batch and accumulation changes nothing but memory.
         """
         with self._data_wait.waiting():
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_failures = [failure for batch in batches for failure in batch.pop("unreadable")]
-        if len(batches) > 1:
-            self._attach_targets(batches)
-        return batches, num_items
+        size = self.crop_sizes.at(self.state.global_step).per_device_train_batch_size
+        split = [split_batch(batch, size or self.args.train_batch_size) for batch in batches]
+        parts = [part for batch in split for part in batch]
+        self._num_parts = len(parts)
+        if len(parts) > 1:
+            self._attach_targets(parts)
+        return split, num_items
 
     @torch.no_grad()
     def _attach_targets(self, batches: list[Batch]) -> None:
@@ -317,12 +330,30 @@ class SSLTrainer(Trainer):
         )
         return (output.loss, output) if return_outputs else output.loss
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def training_step(  # type: ignore[override]  # what get_batch_samples returns
+        self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        self.current_gradient_accumulation_steps = self._num_parts  # the Trainer has counted what the loader gave
+        *first, last = inputs
+        losses = []
+        for part in first:
+            with self._gradients_stay_local(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        loss = torch.stack(losses).sum()
         # The log has the mean over good steps; the Trainer's own sum would stay NaN for the rest of the run.
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    @contextmanager
+    def _gradients_stay_local(self, model: nn.Module) -> Iterator[None]:
+        """More gradients are to come before ranks exchange them and the optimizer moves."""
+        is_last = self.accelerator.sync_gradients
+        self.accelerator.sync_gradients = False
+        with self.accelerator.no_sync(model):
+            yield
+        self.accelerator.sync_gradients = is_last
+
+    def floating_point_ops(self, inputs: list[Batch]) -> int:  # type: ignore[override]
         return 0  # the Trainer would count tokens of a language model
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
