@@ -5,8 +5,10 @@ import pytest
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.recipes.pages import read_recipe, recipe_names, recipe_summaries
 from dinov3_hf.training.arguments import parse_arguments
+from dinov3_hf.training.continued_config import ContinuedConfig
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import dump_yaml, parse_yaml
+from tests.testing_utils import save_tiny_vit
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_bad_recipes_get_one_line(tmp_path):
         ArgumentError, match=r"there is no recipe 'quickstart_digit'; did you mean quickstart_digits\?"
     ):
         read_recipe("quickstart_digit")
-    with pytest.raises(ArgumentError, match=r"there is no recipe 'zzz'; use one of quickstart_digits, "):
+    with pytest.raises(ArgumentError, match=r"there is no recipe 'zzz'; use one of continue_pretraining, "):
         read_recipe("zzz")
     with pytest.raises(ArgumentError, match=r"cannot be read \(No such file or directory\); give a YAML file"):
         read_recipe(str(tmp_path / "none.yaml"))
@@ -125,7 +127,16 @@ def test_every_recipe_says_what_it_is_in_its_first_line():
     assert all(summary.endswith(".") and not summary.startswith("#") for summary in summaries.values())
 
 
-@pytest.mark.parametrize("name", recipe_names())
+def test_continued_pretraining_parses(tmp_path):
+    save_tiny_vit(tmp_path / "model")
+    words = ["continue_pretraining", "--model", str(tmp_path / "model")]
+    config = parse_arguments(ContinuedConfig, words)
+    assert (config.global_crop_size, config.local_crop_size, config.ibot_weight) == (224, 96, 1.0)
+    config.save_yaml(tmp_path / "again.yaml")
+    assert parse_arguments(ContinuedConfig, [str(tmp_path / "again.yaml")]) == config
+
+
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"continue_pretraining"}))
 def test_every_recipe_parses(name, tmp_path):
     config = parse_arguments(SSLConfig, [name, "--output_dir", str(tmp_path)])
     backbone = config.pretraining_config().backbone_config

@@ -161,7 +161,7 @@ def test_recipe_files_are_checked_in_the_same_way(recipe, tmp_path, line, messag
 
 def test_no_recipe():
     with pytest.raises(
-        ArgumentError, match=r"pretrain.py needs a recipe; give a YAML file, or one of quickstart_digits"
+        ArgumentError, match=r"pretrain.py needs a recipe; give a YAML file, or one of continue_pretraining"
     ):
         parse()
 

@@ -259,6 +259,10 @@ def test_the_backbone_waits_for_its_heads_and_then_catches_up():
     waiting = TrainingSchedules(**fields, head_steps=5, ramp_steps=4)
     shares = [waiting.at(step)["backbone_lr"] / max(waiting.at(step)["lr"], 1e-9) for step in range(20)]
     assert shares == pytest.approx([0] * 5 + [0, 0.25, 0.5, 0.75] + [1] * 11)
+    tenth = TrainingSchedules(**fields, head_steps=5, ramp_steps=4, backbone_lr_mult=0.1)
+    assert [tenth.at(s)["backbone_lr"] for s in range(20)] == pytest.approx(
+        [0.1 * waiting.at(s)["backbone_lr"] for s in range(20)]
+    )
     at_once = TrainingSchedules(**fields, head_steps=5)
     assert [at_once.at(step)["backbone_lr"] > 0 for step in range(20)] == [step >= 5 for step in range(20)]
     plain = TrainingSchedules(**fields)

@@ -326,7 +326,8 @@ class TrainingSchedules:
         gram_weight: weight of L_Gram; None in a run without a Gram teacher.
         gram_start_step: first step in which L_Gram counts.
         head_steps: number of first steps in which the backbone has learning rate 0, for fresh heads to learn.
-        ramp_steps: number of steps, after those, in which the backbone's learning rate rises to that of the rest.
+        ramp_steps: number of steps, after those, in which the backbone's learning rate rises from 0.
+        backbone_lr_mult: what the backbone's learning rate then is, as a share of that of the rest.
     """
 
     max_steps: int
@@ -340,11 +341,12 @@ class TrainingSchedules:
     gram_start_step: int = 0
     head_steps: int = 0
     ramp_steps: int = 0
+    backbone_lr_mult: float = 1.0
 
     @property
     def backbone_waits(self) -> bool:
         """Whether the backbone has a learning rate of its own."""
-        return self.head_steps + self.ramp_steps > 0
+        return self.head_steps + self.ramp_steps > 0 or self.backbone_lr_mult != 1
 
     def at(self, step: int) -> dict[str, float]:
         """Values of optimizer step `step`: `lr`, `last_layer_lr`, `weight_decay`, `teacher_momentum`,
@@ -372,7 +374,8 @@ class TrainingSchedules:
         return values
 
     def _backbone_share(self, step: int) -> float:
-        """The backbone's share of the learning rate: 0 while it waits, then a line that excludes its end point, 1."""
+        """0 while the backbone waits, then a line that excludes its end point, `backbone_lr_mult`."""
         if step < self.head_steps:
             return 0.0
-        return min(1.0, (step - self.head_steps) / self.ramp_steps) if self.ramp_steps else 1.0
+        ramp = min(1.0, (step - self.head_steps) / self.ramp_steps) if self.ramp_steps else 1.0
+        return ramp * self.backbone_lr_mult

@@ -8,19 +8,20 @@ from transformers import DINOv3ViTImageProcessor
 
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import SSLNetwork
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
+from dinov3_hf.training.lora import merged_backbone
 from dinov3_hf.training.ssl_config import SSLConfig
 
 
 def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path) -> None:
     """
-    Write backbone, image processor and prototype heads.
+    Write backbone, image processor and prototype heads. Low-rank adapters are merged into the weights.
 
     Args:
         teacher: the EMA teacher, whole (not sharded).
         args: the recipe, for image size and statistics and for the shapes of the heads.
         folder: created when absent.
     """
-    teacher.backbone.save_pretrained(folder)
+    merged_backbone(teacher.backbone).save_pretrained(folder)
     image_processor(args).save_pretrained(folder)
     heads = {name: part for name, part in teacher.named_children() if name != "backbone"}
     tensors = {
