@@ -105,7 +105,9 @@ def describe(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return f"one of {', '.join(str(member.value) for member in annotation)}"
     if origin is list:
-        return {float: "a list of numbers", int: "a list of integers"}.get(get_args(annotation)[0], "a list of names")
+        (entry,) = get_args(annotation)
+        entries = {float: "numbers", int: "integers", dict: "mappings"}.get(get_origin(entry) or entry, "names")
+        return f"a list of {entries}"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
     if annotation in names:
         return names[annotation]

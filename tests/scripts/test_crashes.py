@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dinov3_hf.data.crop_sizes import CropSizeMix, parse_crop_sizes
 from dinov3_hf.training.checkpoints import MANIFEST, checkpoints, problem, step_of
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,14 @@ use_cpu: true
 report_to: none
 disable_tqdm: true
 """
+
+# Three resolutions, two of them in parts, with crops for a Gram teacher that is copied and refreshed on the way.
+SIZES = [
+    {"global": 16, "local": 8, "gram": 24, "probability": 0.4},
+    {"global": 24, "local": 8, "gram": 32, "probability": 0.3, "per_device_train_batch_size": 4},
+    {"global": 24, "local": 12, "gram": 32, "probability": 0.3, "per_device_train_batch_size": 4},
+]
+GRAM = ("--gram_teacher", "copy", "--gram_start_step", "1", "--gram_refresh_steps", "3")
 
 
 def can_mount() -> bool:
@@ -188,6 +197,23 @@ def test_killed_twice(runner, whole, tmp_path):
 def test_killed_at_twenty_random_moments(runner, whole, tmp_path):
     seed = int(os.environ.get("DINOV3_HF_TEST_SEED", "1"))
     assert kill_at_random(runner, whole, tmp_path, num_kills=20, seed=seed) >= 4
+
+
+def test_mixed_sizes_are_killed(runner, tmp_path):
+    assert {CropSizeMix(parse_crop_sizes("", SIZES), seed=42).index_at(step) for step in range(STEPS)} == {0, 1, 2}
+    words = ("--crop_sizes", json.dumps(SIZES), *GRAM)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    runner.finish(whole, *words)
+    pid = runner.start(run, *words)
+    deadline = time.monotonic() + 60
+    while not checkpoints(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert runner.wait(pid) == -signal.SIGKILL
+    assert complete(run) and STEPS not in complete(run)
+    runner.finish(run, *words)
+    assert_same_end(run, whole)
 
 
 def test_newest_checkpoint_is_truncated(runner, whole, tmp_path):

@@ -204,6 +204,7 @@ def test_values_that_fit(value, text, annotation, expected):
         ("blue", Colour | str, "one of red, no"),
         ("c", Literal["a", "b"], "one of a, b"),
         (["a"], list[float], "a list of numbers"),
+        ([3], list[dict[str, Any]] | None, "a list of mappings or null"),
         ("a", dict[str, Any], "a mapping"),
         (float("inf"), int, "an integer"),
     ],

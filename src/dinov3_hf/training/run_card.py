@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from dinov3_hf.data.crop_sizes import CropSizes
 from dinov3_hf.data.sources.arrow import HUB_ID
 from dinov3_hf.hub.model_card import table, write_model_card
 from dinov3_hf.training.evaluation import described
@@ -47,7 +48,7 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
         "images seen": f"{step * args.global_batch_size:,}",
         "optimizer steps": f"{step:,}",
         "global batch": args.global_batch_size,
-        "crops": f"2 x {args.global_crop_size} px, {args.num_local_crops} x {args.local_crop_size} px",
+        "crops": "; ".join(_crops(sizes, args.num_local_crops) for sizes in args.crop_size_mix().sizes),
     }
     losses = _newest(log_history, "loss")
     facts |= {_spelled(name): f"{losses[name]:.4f}" for name in sorted(losses) if name.partition("/")[0] == "loss"}
@@ -59,6 +60,11 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
         images = {"images": data_name(args.eval_data)} if args.eval_data is not None else {}
         sections["Evaluation"] = table({**images, **evaluations[-1]})
     return sections
+
+
+def _crops(sizes: CropSizes, num_local_crops: int) -> str:
+    share = "" if sizes.probability == 1 else f" in {sizes.probability:.0%} of the steps"
+    return f"2 x {sizes.global_crop_size} px, {num_local_crops} x {sizes.local_crop_size} px{share}"
 
 
 def card_results(args: SSLConfig, log_history: LogHistory) -> list[EvalResult]:
