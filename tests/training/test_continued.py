@@ -148,6 +148,7 @@ def test_models_that_cannot_be_started_from(vit, tmp_path):
         ({"backbone_lr_mult": 0.0}, "backbone_lr_mult 0 is not positive"),
         ({"lora_rank": 0}, "lora_rank 0 is not positive"),
         ({"num_channels": 0}, "num_channels 0"),
+        ({"start_from": "runs/a"}, "name the backbone as model"),
         ({"num_channels": 1, "image_mean": [0.1, 0.2, 0.3]}, "image_mean has 3 values"),
         ({"max_knn_drop": -1.0}, "max_knn_drop -1 is negative"),
         ({"backbone": {"hidden_sise": 3}}, "hidden_size"),
@@ -163,6 +164,13 @@ def test_adapters_without_peft_are_refused_in_one_line(vit, tmp_path, monkeypatc
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"lora_rank needs PEFT, which is not installed; pip install"):
         make_args(vit, tmp_path, lora_rank=4)
+
+
+def test_what_is_derived_from_a_release_has_its_licence(vit, tmp_path):
+    assert make_args(vit, tmp_path).license is None
+    released = vit.rename(tmp_path / "dinov3-vits16-pretrain-lvd1689m")
+    assert make_args(released, tmp_path).license == "dinov3-license"
+    assert make_args(released, tmp_path, license="mit").license == "mit"
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

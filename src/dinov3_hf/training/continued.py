@@ -17,10 +17,9 @@ from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINO
 from dinov3_hf.models.image_channels import ChannelStatistics, change_channels
 from dinov3_hf.training.checkpoints import checkpoints, problem, replacing_folder, step_of
 from dinov3_hf.training.continued_config import ContinuedConfig
-from dinov3_hf.training.course import course
+from dinov3_hf.training.course import LogHistory, course
 from dinov3_hf.training.evaluation import DenseHealthCallback, DriftCallback
 from dinov3_hf.training.lora import add_adapters
-from dinov3_hf.training.run_card import LogHistory
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 from dinov3_hf.training.starting_model import read_starting_model
 
@@ -50,7 +49,7 @@ def continued_model(args: ContinuedConfig) -> DINOv3ForPreTraining:
     if args.lora_rank is not None:
         for adapted in (model.student.backbone, model.teacher.backbone, model.gram_teacher):
             if adapted is not None:
-                add_adapters(adapted, args.lora_rank, args.lora_factor)
+                add_adapters(adapted, args.lora_rank, args.alpha)
         model.teacher.backbone.load_state_dict(model.student.backbone.state_dict())  # A is drawn at random
         model.train()  # freezes what the adapters have thawed in the teachers
     model.refresh_gram_teacher()

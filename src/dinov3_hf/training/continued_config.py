@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy
 
+from dinov3_hf.errors import ArgumentError
 from dinov3_hf.field_types import fit_mapping
+from dinov3_hf.hub.model_card import license_of
 from dinov3_hf.models.image_channels import ChannelStatistics, statistics_for
 from dinov3_hf.training.gram_config import COPY
 from dinov3_hf.training.lora import check_peft
@@ -79,7 +81,7 @@ class ContinuedConfig(SSLConfig):
             "ConvNeXt, instead of the backbone's own weights; needs PEFT. Null: the weights."
         ),
     )
-    lora_alpha: float | None = field(
+    lora_alpha: int | None = field(
         default=None,
         metadata=changes_the_result("Factor of the adapters, times their rank; null is the rank, a factor of 1."),
     )
@@ -146,6 +148,10 @@ class ContinuedConfig(SSLConfig):
     def _resolve(self, start: StartingModel) -> None:
         """Give what was left open its value, before it is written down in the recipe of the run."""
         self.num_channels = start.config.num_channels if self.num_channels is None else self.num_channels
+        if self.start_from is not None:
+            raise ArgumentError("start_from is for the stages of a run with heads; here name the backbone as model.")
+        if self.license is None:
+            self.license = license_of(self.model or "")
         if self.num_channels < 1:
             raise ValueError(f"num_channels {self.num_channels} is no number of channels; use 1 or more.")
         if self.ibot_weight is None:
@@ -187,9 +193,9 @@ class ContinuedConfig(SSLConfig):
             check_peft()
 
     @property
-    def lora_factor(self) -> float:
-        """alpha of the adapters."""
-        return float(self.lora_rank or 0) if self.lora_alpha is None else self.lora_alpha
+    def alpha(self) -> int:
+        """What the product of the adapters is multiplied with, times their rank."""
+        return (self.lora_rank or 0) if self.lora_alpha is None else self.lora_alpha
 
     def schedules(self) -> TrainingSchedules:
         return replace(

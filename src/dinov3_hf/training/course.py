@@ -1,9 +1,10 @@
 """The course of a run: its evaluations as a table, before, during and after."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dinov3_hf.training.evaluation import described
-from dinov3_hf.training.run_card import LogHistory
+
+LogHistory = Sequence[Mapping[str, float]]
 
 MAX_ROWS = 12
 

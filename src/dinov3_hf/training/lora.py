@@ -27,7 +27,7 @@ def check_peft() -> None:
         raise ArgumentError("lora_rank needs PEFT, which is not installed; pip install 'dinov3-hf[peft]'.")
 
 
-def add_adapters(backbone: PreTrainedModel, rank: int, alpha: float) -> None:
+def add_adapters(backbone: PreTrainedModel, rank: int, alpha: int) -> None:
     """
     Put adapters into a backbone, in place: it computes what it did. Of its own weights only those of the first layer,
     which reads the pixels, and the adapters can still be trained.
@@ -57,13 +57,13 @@ def merged_backbone(backbone: PreTrainedModel) -> PreTrainedModel:
     """
     if not has_adapters(backbone):
         return backbone
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as AdaptedLinear
 
     weights: dict[str, Tensor] = {
         name.replace(_BASE, "."): tensor for name, tensor in backbone.state_dict().items() if _MARK not in name
     }
     for name, module in backbone.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, AdaptedLinear):
             weights[f"{name}.weight"] = module.base_layer.weight + module.get_delta_weight(_ADAPTER)
     with torch.device("meta"):
         merged = build_backbone(backbone.config)

@@ -1,6 +1,6 @@
 """What a run says of itself in the model card of its teacher."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,16 @@ from huggingface_hub import EvalResult
 from dinov3_hf.data.crop_sizes import CropSizes
 from dinov3_hf.data.sources.arrow import HUB_ID
 from dinov3_hf.hub.model_card import table, write_model_card
+from dinov3_hf.training.continued_config import ContinuedConfig
+from dinov3_hf.training.course import LogHistory, course, markdown
 from dinov3_hf.training.evaluation import described
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import dump_yaml
 
 PROVENANCE = "Trained without labels, by the objective of DINOv3, with `dinov3_hf`."
+CARD_ROWS = 5  # of the course of a continued run
 # Metric of a run -> what the Hub calls it, as a share of 1.
 _ACCURACIES = {"eval_knn_top1": "kNN top-1 accuracy", "eval_knn_top5": "kNN top-5 accuracy"}
-
-LogHistory = Sequence[Mapping[str, float]]
 
 
 def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHistory) -> None:
@@ -42,7 +43,7 @@ def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHis
 
 
 def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[str, str]:
-    """The sections "Training" and "Evaluation" of the card, heading -> Markdown; arguments as in `write_run_card`."""
+    """What the card says of training and evaluation, heading -> Markdown; arguments as in `write_run_card`."""
     facts: dict[str, object] = {
         "images": data_name(args.train_data),
         "images seen": f"{step * args.global_batch_size:,}",
@@ -50,6 +51,8 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
         "global batch": args.global_batch_size,
         "crops": "; ".join(_crops(sizes, args.num_local_crops) for sizes in args.crop_size_mix().sizes),
     }
+    if isinstance(args, ContinuedConfig):
+        facts = {"started from": data_name(args.model), **facts}
     losses = _newest(log_history, "loss")
     facts |= {_spelled(name): f"{losses[name]:.4f}" for name in sorted(losses) if name.partition("/")[0] == "loss"}
     recipe = dump_yaml({**args.result_fields(args.recipe()), "train_data": data_name(args.train_data)})
@@ -59,6 +62,8 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
     if evaluations:
         images = {"images": data_name(args.eval_data)} if args.eval_data is not None else {}
         sections["Evaluation"] = table({**images, **evaluations[-1]})
+        if isinstance(args, ContinuedConfig):
+            sections["Before, during and after"] = markdown(*course(log_history, CARD_ROWS))
     return sections
 
 
