@@ -4,7 +4,7 @@ A network sees normalised pixels, z_c = (x_c - mean_c) / std_c. So what becomes 
 statistics of both kinds of images.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def change_channels(
         before: statistics of the images that the network was trained on, with one value for each old channel.
         after: statistics of the new images, with one value for each new channel.
     """
-    convolution = backbone.get_input_embeddings()
+    network: Any = backbone
+    convolution = network.get_input_embeddings()
     if num_channels == convolution.in_channels:
         return
     if num_channels == 1:
@@ -69,7 +70,7 @@ def change_channels(
         shift = (kernels * (after.mean[0] - _column(before.mean))).sum(dim=(1, 2, 3))  # (D,)
         convolution.bias.copy_(convolution.bias.double() + shift)
         convolution.weight.copy_((kernels * after.std[0]).to(dtype))
-    backbone.set_num_channels(num_channels)
+    network.set_num_channels(num_channels)
 
 
 def _column(values: tuple[float, ...]) -> Tensor:

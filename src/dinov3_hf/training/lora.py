@@ -64,7 +64,8 @@ def merged_backbone(backbone: PreTrainedModel) -> PreTrainedModel:
     }
     for name, module in backbone.named_modules():
         if isinstance(module, AdaptedLinear):
-            weights[f"{name}.weight"] = module.base_layer.weight + module.get_delta_weight(_ADAPTER)
+            own = backbone.get_parameter(f"{name}.base_layer.weight")
+            weights[f"{name}.weight"] = own + module.get_delta_weight(_ADAPTER)
     with torch.device("meta"):
         merged = build_backbone(backbone.config)
     merged.load_state_dict(weights, assign=True)
