@@ -136,12 +136,65 @@ VIT7B16_PRETRAIN = SHARED | {
     "max_grad_norm": 30.0,
     "adam_beta2": 0.99,
 }
+# Steps are counted from the start of the stage, which is step 1,000,000 of the published run.
+VIT7B16_GRAM_ANCHOR = VIT7B16_PRETRAIN | {
+    "start_with": "state",
+    "max_steps": 200 * 1000,
+    "lr_schedule.start": 3e-5,
+    "lr_schedule.peak": 3e-5,
+    "lr_schedule.end": 3e-5,
+    "lr_schedule.warmup_steps": 0,
+    "freeze_last_layer_steps": 0,
+    "teacher_momentum_schedule.peak": 0.999,
+    "teacher_momentum_schedule.end": 0.999,
+    "teacher_temperature_schedule.start": 0.07,
+    "teacher_temperature_schedule.warmup_steps": 0,
+    "local_loss_weight_schedule.end": 0.5,
+    "gram_teacher": "copy",
+    "gram_start_step": 0,
+    "gram_weight_schedule.start": 0.0,
+    "gram_weight_schedule.peak": 0.0,
+    "gram_weight_schedule.end": 2.0,
+    "gram_crop_size": 512,
+    "gram_first_refresh_step": 10_000,
+    "gram_refresh_steps": 10_000,
+    "gram_max_refreshes": 3,
+    "gram_per_image": True,
+    "gram_normalize": True,
+    "gram_negatives": "keep",
+    "gram_antialias": False,
+}
+VIT7B16_HIGH_RES = VIT7B16_GRAM_ANCHOR | {
+    "start_with": "teacher",
+    "global_batch_size": 8 * 256,
+    "max_steps": 30 * 1000,
+    "lr_schedule.start": 0.0,
+    "lr_schedule.peak": 0.0,
+    "lr_schedule.end": 1.25e-5,
+    "local_loss_weight_schedule.peak": 0.5,
+    "gram_weight_schedule.start": 1.5,
+    "gram_weight_schedule.peak": 1.5,
+    "gram_weight_schedule.end": 1.5,
+    "gram_crop_size": None,
+    "gram_first_refresh_step": 0,
+    "gram_refresh_steps": None,
+    "gram_max_refreshes": None,
+    "crop_sizes": [
+        {"global": 512, "local": 112, "gram": 768, "probability": 0.3},
+        {"global": 768, "local": 112, "gram": 1152, "probability": 0.3},
+        {"global": 768, "local": 168, "gram": 1152, "probability": 0.3},
+        {"global": 768, "local": 224, "gram": 1152, "probability": 0.05},
+        {"global": 768, "local": 336, "gram": 1152, "probability": 0.05},
+    ],
+}
 SATELLITE = {"image_mean": [0.430, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
 
 # Recipe -> the published run that its comments speak of.
 SOURCES = dict.fromkeys(recipe_names(), VITL16_IM1K) | {
     "vit7b16_pretrain": VIT7B16_PRETRAIN,
     "vit7b16_sat493m": VIT7B16_PRETRAIN | SATELLITE,
+    "vit7b16_gram_anchor": VIT7B16_GRAM_ANCHOR,
+    "vit7b16_high_res": VIT7B16_HIGH_RES,
 }
 # What differs from the published run by intent, beside the machine's settings.
 SMALLER_BACKBONE = {
@@ -157,6 +210,8 @@ DEPARTURES: dict[str, set[str]] = {
     "vits16_im1k": SMALLER_BACKBONE,
     "vit7b16_pretrain": set(),
     "vit7b16_sat493m": set(),
+    "vit7b16_gram_anchor": set(),
+    "vit7b16_high_res": {"crop_sizes"},  # one side is no multiple of the patch
     "single_gpu_vits16": {
         *SMALLER_BACKBONE,
         "backbone.num_register_tokens",
@@ -293,9 +348,42 @@ def test_published_schedules(name, fixture):
         )
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "fixture", "start"),
+    [("vit7b16_gram_anchor", "vit7b16_gram_anchor", 1_000_000), ("vit7b16_high_res", "vit7b16_high_res_adapt", 0)],
+)
+def test_published_schedules_of_the_stages(name, fixture, start):
+    reference = json.loads((FIXTURES / "f_schedules" / f"{fixture}.json").read_text())
+    config = parse_arguments(SSLConfig, [name])
+    assert config.max_steps == reference["total_iterations"] - start
+    assert config.global_batch_size == reference["world_size"] * reference["batch_size_per_gpu"]
+    schedules = config.schedules()
+    of_stage = [i for i, step in enumerate(reference["iterations"]) if step >= start]
+    assert len(of_stage) > 50
+    values = [schedules.at(reference["iterations"][i] - start) for i in of_stage]
+    ours_by_theirs = {
+        "lr": "lr",
+        "last_layer_lr": "last_layer_lr",
+        "weight_decay": "weight_decay",
+        "momentum": "teacher_momentum",
+        "teacher_temp": "teacher_temperature",
+        "dino_local_loss_weight": "local_loss_weight",
+        "gram_loss_weight": "gram_weight",
+    }
+    for theirs, ours in ours_by_theirs.items():
+        expected = [reference[theirs][i] for i in of_stage]
+        np.testing.assert_allclose([value[ours] for value in values], expected, rtol=1e-9, atol=1e-12, err_msg=theirs)
+
+
 @pytest.mark.parametrize(
     ("name", "step", "expected"),
     [
+        ("vit7b16_gram_anchor", 0, {"lr": 2.4e-4, "last_layer_lr": 2.4e-4, "local_loss_weight": 1, "gram_weight": 0}),
+        ("vit7b16_gram_anchor", 1000, {"local_loss_weight": 0.5, "gram_weight": 2, "teacher_momentum": 0.999}),
+        ("vitl16_gram_anchor", 0, {"lr": 0, "weight_decay": 0.4, "teacher_momentum": 0.9987}),
+        ("vitl16_gram_anchor", 2500, {"lr": 6e-4 * 4 * 2**0.5, "gram_weight": 2, "teacher_temperature": 0.07}),
+        ("vitl16_high_res", 3749, {"lr": 2.5e-4 * 4, "gram_weight": 1.5, "local_loss_weight": 0.5}),
         ("vit7b16_pretrain", 0, {"lr": 0, "last_layer_lr": 0, "teacher_temperature": 0.04}),
         ("vit7b16_pretrain", 4999, {"lr": 4e-4 * 4999 / 100_000, "last_layer_lr": 0}),
         ("vit7b16_pretrain", 50_000, {"lr": 2e-4, "last_layer_lr": 2e-4, "teacher_temperature": 0.055}),
@@ -335,6 +423,12 @@ def test_recipes_of_one_family_differ_in_the_backbone_alone():
     statistics = ("image_mean", "image_std")
     assert without("vit7b16_sat493m", *durations, *statistics) == without("vit7b16_pretrain", *durations, *statistics)
     assert read_recipe("vit7b16_sat493m")["backbone"] == read_recipe("vit7b16_pretrain")["backbone"]
+    for stage in ("gram_anchor", "high_res"):
+        for size, first in (("vit7b16", "vit7b16_pretrain"), ("vitl16", "vitl16_im1k")):
+            later, stage_1 = read_recipe(f"{size}_{stage}"), read_recipe(first)
+            assert [later[part] for part in ("backbone", "dino_head", "ibot_head")] == [
+                stage_1[part] for part in ("backbone", "dino_head", "ibot_head")
+            ]
 
 
 @pytest.mark.parametrize(

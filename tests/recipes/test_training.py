@@ -28,6 +28,24 @@ SIZES = {
     "teacher_temperature_schedule.warmup_steps": 1,
     "freeze_last_layer_steps": 1,
 }
+# Of the later stages, by the end of the recipe's name.
+STAGES = {
+    "gram_anchor": {
+        "lr_schedule.start": 0.0,
+        "teacher_temperature_schedule.start": 0.04,
+        "gram_crop_size": 64,
+        "gram_first_refresh_step": 1,
+        "gram_refresh_steps": 1,
+        "gram_weight_schedule.cosine_steps": 1,
+        "local_loss_weight_schedule.cosine_steps": 1,
+    },
+    "high_res": {
+        "crop_sizes": "[{global: 64, local: 32, gram: 96, probability: 0.5}, {global: 80, local: 48, gram: 96, "
+        "probability: 0.5}]",
+        "lr_schedule.cosine_steps": 0,
+        "teacher_temperature_schedule.start": 0.04,
+    },
+}
 MACHINE = {"use_cpu": "true", "dataloader_num_workers": 0, "report_to": "none", "logging_steps": 1, "save_steps": 2}
 
 
@@ -43,7 +61,8 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize("name", sorted({*recipe_names()} - {"continue_pretraining"}))  # starts from a model
 def test_two_steps(name, photos, tmp_path):
     main = runpy.run_path(str(REPOSITORY / "training_scripts" / "pretrain.py"))["main"]
-    changes = SIZES | MACHINE | {"train_data": photos, "output_dir": tmp_path}
+    of_stage = next((sizes for ending, sizes in STAGES.items() if name.endswith(ending)), {})
+    changes = SIZES | of_stage | MACHINE | {"train_data": photos, "output_dir": tmp_path}
     main([name, *(word for field, value in changes.items() for word in (f"--{field}", str(value)))])
 
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
@@ -52,6 +71,7 @@ def test_two_steps(name, photos, tmp_path):
     terms = [value for entry in logged for key, value in entry.items() if key.startswith(("loss", "grad_norm"))]
     assert {"loss", "loss/ibot", "loss/koleo", "grad_norm/backbone"} <= set(logged[0])
     assert all(math.isfinite(value) for value in terms)
+    assert ("loss/gram" in logged[1]) == bool(of_stage)
     assert logged[0]["schedule/last_layer_lr"] == 0 < logged[1]["schedule/last_layer_lr"]
 
     recipe = read_recipe(name)

@@ -43,8 +43,8 @@ def load(path: Path):
     import sklearn.datasets  # noqa: F401
     import torch
 
-    import dinov3_hf.training.arguments
-    import dinov3_hf.training.ssl_trainer  # noqa: F401
+    import dinov3_hf.cli.ssl_run
+    import dinov3_hf.training.arguments  # noqa: F401
 
     torch.set_num_threads(1)
     return module

@@ -7,7 +7,7 @@ A dot reaches into a nested field: `--backbone.drop_path_rate 0.1`, `--lr_schedu
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -19,6 +19,8 @@ from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.yaml_text import parse_yaml
 
 _SEE_HELP = "--help lists the fields."
+# Short names of fields on the command line.
+ALIASES = {"from": "start_from"}
 
 ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 
@@ -44,6 +46,7 @@ def parse_arguments(
     *,
     prog: str | None = None,
     description: str = "",
+    default_recipe: Callable[[Mapping[str, str]], tuple[str, Mapping[str, Any]]] | None = None,
 ) -> ConfigT:
     """The configuration that a command line asks for.
 
@@ -52,6 +55,8 @@ def parse_arguments(
         argv: words after the script's name; those of this process by default.
         prog: name of the script in the help page.
         description: first paragraph of the help page.
+        default_recipe: what to do without a recipe: takes the fields of the command line (dotted name -> text) and
+            returns a name for messages and the recipe's fields. By default a recipe must be named.
 
     Raises:
         ArgumentError: the words cannot be parsed: an unknown recipe or field, a value of the wrong type.
@@ -63,12 +68,16 @@ def parse_arguments(
     if "--help" in words or "-h" in words:
         from dinov3_hf.training.help_page import print_help
 
-        print_help(config_class, prog, description)
+        print_help(config_class, prog, description, aliases=ALIASES, needs_recipe=default_recipe is None)
         raise SystemExit(0)
     recipe, overrides = split_words(words)
-    if recipe is None:
+    if recipe is not None:
+        fields: Mapping[str, Any] = read_recipe(recipe)
+    elif default_recipe is not None:
+        recipe, fields = default_recipe({".".join(override.path): override.text for override in overrides})
+    else:
         raise ArgumentError(f"{prog} needs a recipe; give a YAML file, or one of {', '.join(recipe_names())}.")
-    return config_class(**merge_fields(config_class, recipe, read_recipe(recipe), overrides))
+    return config_class(**merge_fields(config_class, recipe, fields, overrides))
 
 
 def split_words(words: Sequence[str]) -> tuple[str | None, list[Override]]:
@@ -80,7 +89,8 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[Override]]:
             name, has_value, text = word[2:].partition("=")
             if not has_value:
                 text = _next_value(word, remaining)
-            overrides.append(Override(name.split("."), text))
+            first, *inner = name.split(".")
+            overrides.append(Override([ALIASES.get(first, first), *inner], text))
         elif recipe is None:
             recipe = word
         else:

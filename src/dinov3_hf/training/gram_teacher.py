@@ -24,7 +24,8 @@ class GramTeacherCallback(TrainerCallback):
         start = resolve_steps(args.gram_start_step, args.max_steps)
         self.copy_before = start if args.gram_teacher == COPY else None
         self.every = (
-            None if args.gram_refresh_steps is None else resolve_steps(args.gram_refresh_steps, args.max_steps)
+            # Of a short run a share may be less than a step.
+            None if args.gram_refresh_steps is None else max(resolve_steps(args.gram_refresh_steps, args.max_steps), 1)
         )
         self.first = max(resolve_steps(args.gram_first_refresh_step, args.max_steps), start + 1)
         self.max_refreshes = args.gram_max_refreshes

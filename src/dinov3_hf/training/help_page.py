@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, get_type_hints
 
@@ -23,10 +24,14 @@ _TITLES = {
 }
 
 
-def print_help(config_class: type[RecipeConfig], prog: str, description: str) -> None:
+def print_help(
+    config_class: type[RecipeConfig], prog: str, description: str, *, aliases: Mapping[str, str], needs_recipe: bool
+) -> None:
     """Prints usage, recipes, and the fields of `config_class` in their groups, each with its default."""
     console = Console(highlight=False)
-    console.print(f"[bold]Usage:[/bold] {prog} RECIPE \\[--field value ...]\n")
+    recipe = "RECIPE" if needs_recipe else r"\[RECIPE]"
+    options = {name: f"--{alias}, --{name}" for alias, name in aliases.items()}
+    console.print(f"[bold]Usage:[/bold] {prog} {recipe} \\[--field value ...]\n")
     if description:
         console.print(escape(description.strip()) + "\n")
     console.print("[bold]RECIPE[/bold]  the path of a YAML file, or one of")
@@ -51,7 +56,9 @@ def print_help(config_class: type[RecipeConfig], prog: str, description: str) ->
         for field in groups[group]:
             help = escape(str(field.metadata["help"]).replace("%%", "%"))
             table.add_row(
-                f"--{field.name}", escape(_default_text(field)), f"{help} ({_type_text(annotations[field.name])})"
+                options.get(field.name, f"--{field.name}"),
+                escape(_default_text(field)),
+                f"{help} ({_type_text(annotations[field.name])})",
             )
         console.print(table)
     others = sorted(name for name in other_field_names(config_class))

@@ -1,0 +1,64 @@
+"""A self-supervised run, from its recipe to the folder of the trained teacher: what its training scripts share."""
+
+from pathlib import Path
+
+from transformers import IntervalStrategy, set_seed
+from transformers.utils import logging
+
+from dinov3_hf.cli.splits import evaluation_images
+from dinov3_hf.data.sources.spec import load_images
+from dinov3_hf.errors import ArgumentError
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.training.evaluation import described
+from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.ssl_trainer import SSLTrainer
+from dinov3_hf.training.starting_point import find_start
+
+
+def run_recipe(args: SSLConfig) -> None:
+    """
+    Train as the recipe says, and say what came of it.
+
+    Args:
+        args: the recipe, with `train_data`.
+
+    Raises:
+        ArgumentError: there are no images to learn from.
+        OSError: a folder is missing or cannot be written.
+        ValueError: images, start or checkpoint are not what the recipe needs.
+    """
+    if args.train_data is None:
+        raise ArgumentError("train_data is not set; name the images to learn from, for example --train_data photos/.")
+    logging.disable_progress_bar()  # of reading and writing model files; training keeps its own
+    start = None
+    if args.start_from is not None and args.resume_from_checkpoint is None and args.process_index == 0:
+        start = find_start(args)
+        print(start.describe(), flush=True)
+    num_channels = args.backbone_config().num_channels
+    train_images = load_images(args.train_data, split="train", num_channels=num_channels)
+    eval_images = None
+    if args.eval_data is not None:
+        eval_images = evaluation_images(args.eval_data, num_channels, args.global_crop_size, args.eval_leave_one_out)
+
+    set_seed(args.seed)
+    model = DINOv3ForPreTraining(args.pretraining_config())
+    trainer = SSLTrainer(model, args, train_images, eval_images, start=start)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    evaluated = {entry["step"] for entry in trainer.state.log_history if described(entry)}
+    evaluates = eval_images is not None or args.eval_strategy != IntervalStrategy.NO
+    if evaluates and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_state()  # the whole log, trainer_state.json
+    if trainer.is_world_process_zero():
+        teacher = Path(args.output_dir or ".") / "teacher"
+        trainer.save_teacher(teacher)
+        print(summary(trainer.state.log_history, teacher))
+        if args.push_to_hub:
+            print(f"and at {trainer.push_teacher(teacher)}")
+
+
+def summary(log_history: list[dict[str, float]], teacher: Path) -> str:
+    """The accuracies of a run and where its teacher is, in a few lines."""
+    accuracies = [(entry["step"], entry["eval_knn_top1"]) for entry in log_history if "eval_knn_top1" in entry]
+    lines = [f"kNN top-1 accuracy of the teacher at step {step:>6,}: {value:5.1f} %" for step, value in accuracies]
+    return "\n".join([*lines, f"The trained teacher is in {teacher}"])
