@@ -101,10 +101,12 @@ def labelled_splits(data: str, num_channels: int, size: int) -> tuple[LabelledIm
     return train, _labelled_like(train, test, data)
 
 
-def evaluation_images(
-    data: str, num_channels: int, size: int, leave_one_out: bool
-) -> tuple[LabelledImages | JoinedImages, LabelledImages | None]:
-    """What a training run is evaluated on, as its trainer takes it: reference and query, or all images and None."""
+# Reference and query; None for the query asks for the class of each reference image, of all the others.
+EvaluationImages = tuple[LabelledImages | JoinedImages, LabelledImages | None]
+
+
+def evaluation_images(data: str, num_channels: int, size: int, leave_one_out: bool) -> EvaluationImages:
+    """What a training run is evaluated on, as its trainer takes it."""
     return (
         (all_labelled(data, num_channels, size), None) if leave_one_out else labelled_splits(data, num_channels, size)
     )

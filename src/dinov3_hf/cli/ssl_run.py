@@ -5,10 +5,13 @@ from pathlib import Path
 from transformers import IntervalStrategy, set_seed
 from transformers.utils import logging
 
-from dinov3_hf.cli.splits import evaluation_images
+from dinov3_hf.cli.splits import EvaluationImages, evaluation_images
+from dinov3_hf.data.sources.base import ImageSource
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.training.continued import ContinuedTrainer, continued_model
+from dinov3_hf.training.continued_config import ContinuedConfig
 from dinov3_hf.training.evaluation import described
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
@@ -27,34 +30,77 @@ def run_recipe(args: SSLConfig) -> None:
         OSError: a folder is missing or cannot be written.
         ValueError: images, start or checkpoint are not what the recipe needs.
     """
-    if args.train_data is None:
-        raise ArgumentError("train_data is not set; name the images to learn from, for example --train_data photos/.")
-    logging.disable_progress_bar()  # of reading and writing model files; training keeps its own
+    _check_images_are_named(args)
     start = None
     if args.start_from is not None and args.resume_from_checkpoint is None and args.process_index == 0:
         start = find_start(args)
         print(start.describe(), flush=True)
-    num_channels = args.backbone_config().num_channels
-    train_images = load_images(args.train_data, split="train", num_channels=num_channels)
-    eval_images = None
-    if args.eval_data is not None:
-        eval_images = evaluation_images(args.eval_data, num_channels, args.global_crop_size, args.eval_leave_one_out)
-
+    train_images, eval_images = _open_images(args)
     set_seed(args.seed)
     model = DINOv3ForPreTraining(args.pretraining_config())
     trainer = SSLTrainer(model, args, train_images, eval_images, start=start)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    evaluated = {entry["step"] for entry in trainer.state.log_history if described(entry)}
-    evaluates = eval_images is not None or args.eval_strategy != IntervalStrategy.NO
-    if evaluates and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
-    trainer.save_state()  # the whole log, trainer_state.json
+    _train(trainer)
     if trainer.is_world_process_zero():
         teacher = Path(args.output_dir or ".") / "teacher"
         trainer.save_teacher(teacher)
         print(summary(trainer.state.log_history, teacher))
         if args.push_to_hub:
             print(f"and at {trainer.push_teacher(teacher)}")
+
+
+def continue_pretraining(args: ContinuedConfig) -> None:
+    """
+    Let the model of the recipe go on learning, and say how it was before, during and after.
+
+    Args:
+        args: the recipe, with `train_data`.
+
+    Raises:
+        ArgumentError: there are no images to learn from.
+        OSError: a folder is missing or cannot be written.
+        RuntimeError: training has done harm, and nothing on the way was as good as the model.
+        ValueError: images, model or checkpoint are not what the recipe needs.
+    """
+    _check_images_are_named(args)
+    train_images, eval_images = _open_images(args)
+    set_seed(args.seed)
+    trainer = ContinuedTrainer(continued_model(args), args, train_images, eval_images)
+    if trainer.is_world_process_zero():
+        print(trainer.describe_start(), flush=True)
+    _train(trainer)
+    if trainer.is_world_process_zero():
+        teacher = Path(args.output_dir or ".") / "teacher"
+        trainer.show_course()
+        print(trainer.save_outcome(teacher))
+        if args.push_to_hub:
+            print(f"and at {trainer.push_teacher(teacher)}")
+
+
+def _check_images_are_named(args: SSLConfig) -> None:
+    if args.train_data is None:
+        raise ArgumentError("train_data is not set; name the images to learn from, for example --train_data photos/.")
+
+
+def _open_images(args: SSLConfig) -> tuple[ImageSource, EvaluationImages | None]:
+    logging.disable_progress_bar()  # of reading and writing model files; training keeps its own
+    num_channels = args.backbone_config().num_channels
+    train_images = load_images(args.train_data or "", split="train", num_channels=num_channels)
+    if args.eval_data is None:
+        return train_images, None
+    return train_images, evaluation_images(
+        args.eval_data, num_channels, args.global_crop_size, args.eval_leave_one_out
+    )
+
+
+def _train(trainer: SSLTrainer) -> None:
+    """Train to the end of the run, look at the last teacher, and write down the whole log."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    evaluated = {entry["step"] for entry in trainer.state.log_history if described(entry)}
+    evaluates = args.eval_data is not None or args.eval_strategy != IntervalStrategy.NO
+    if evaluates and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_state()  # trainer_state.json
 
 
 def summary(log_history: list[dict[str, float]], teacher: Path) -> str:
