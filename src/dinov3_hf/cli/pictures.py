@@ -12,7 +12,15 @@ from dinov3_hf.data.decoding import UnreadableImage, open_image
 from dinov3_hf.data.sources.files import PACKED_SUFFIXES
 from dinov3_hf.data.sources.recipe import RECIPE_SUFFIXES
 from dinov3_hf.data.sources.spec import load_images
-from dinov3_hf.evals.features import ImageList, check_divisible, extract_features, input_size, patch_size, to_picture
+from dinov3_hf.evals.features import (
+    Features,
+    ImageList,
+    check_divisible,
+    extract_features,
+    input_size,
+    patch_size,
+    to_picture,
+)
 
 # Input size of a picture in units of the image processor's, when none is given: more patches show more, and features
 # keep their meaning at sizes not too far from those of the training.
@@ -47,7 +55,20 @@ def read_pictures(source: str, limit: int) -> list[Image.Image]:
 def patch_features(
     model: PreTrainedModel, processor: BaseImageProcessor, pictures: Sequence[Image.Image], size: int | None
 ) -> list[np.ndarray]:
-    """Patch features of pictures in their own proportions.
+    """Patch features of pictures, float32 (h, w, D) of each; see `picture_features`."""
+    return [patch_map(features) for features in picture_features(model, processor, pictures, size)]
+
+
+def patch_map(features: Features) -> np.ndarray:
+    """Patch features of a single picture, float32 (h, w, D)."""
+    patches: np.ndarray = features.patch_maps()[0].numpy()
+    return patches
+
+
+def picture_features(
+    model: PreTrainedModel, processor: BaseImageProcessor, pictures: Sequence[Image.Image], size: int | None
+) -> list[Features]:
+    """Features of pictures in their own proportions, with patches.
 
     Args:
         model: a model with patches.
@@ -56,7 +77,7 @@ def patch_features(
         size: short side of the model's input in pixels; the long side becomes the nearest multiple of the patch size.
 
     Returns:
-        Of each picture, float32 (h, w, D).
+        Of each picture.
 
     Raises:
         ValueError: if `size` is no multiple of the patch size, or the model has no patches or not 1 or 3 channels.
@@ -68,11 +89,10 @@ def patch_features(
         raise ValueError(f"pictures have 1 or 3 channels; this model takes {model.config.num_channels}.")
     short = size or DEFAULT_ENLARGEMENT * input_size(processor)
     check_divisible(short, side)
-    patches = []
+    found = []
     for picture in tqdm(pictures, unit=" images", disable=None):  # shown in a terminal only
         width, height = (round(length * short / min(picture.size) / side) * side for length in picture.size)
         seen = picture.resize((width, height), Image.Resampling.BICUBIC)
         seen = seen if model.config.num_channels == 3 else seen.convert("L")
-        features = extract_features(model, ImageList([seen]), processor, size=(height, width), with_patches=True)
-        patches.append(features.patch_maps()[0].numpy())  # (h, w, D)
-    return patches
+        found.append(extract_features(model, ImageList([seen]), processor, size=(height, width), with_patches=True))
+    return found

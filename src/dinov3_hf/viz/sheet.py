@@ -39,7 +39,7 @@ class Pair:
         ]
         if self.framed is not None:
             for panel in panels:
-                _frame(panel, (rows, columns), self.framed)
+                frame(panel, (rows, columns), self.framed)
         return join(panels, MAP_GAP, horizontal=side_by_side)
 
 
@@ -80,8 +80,8 @@ def join(pictures: Sequence[Image.Image], gap: int, horizontal: bool) -> Image.I
     return canvas
 
 
-def _frame(panel: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> None:
-    """Draw a white frame with a dark rim around one patch of `panel`: visible on any picture."""
+def frame(panel: Image.Image, grid: tuple[int, ...], patch: tuple[int, int]) -> None:
+    """Draw a white frame with a dark rim around one patch of `panel`, of rows x columns: visible on any picture."""
     height, width = panel.height / grid[0], panel.width / grid[1]
     top, left = round(patch[0] * height), round(patch[1] * width)
     bottom, right = round((patch[0] + 1) * height), round((patch[1] + 1) * width)

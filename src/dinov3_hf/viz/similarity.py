@@ -74,16 +74,21 @@ def similarity_figure(
         ValueError: if the patch is outside the grid.
     """
     cosines = cosine_maps(patches, row, column)  # (h, w) each
-    low = min(1 - 1e-12, *(float(cosine.min()) for cosine in cosines))  # never 1, where the scale would have no length
+    low = lowest(cosines)
     pairs = [
         Pair(picture, heat_colors((cosine - low) / (1 - low)), framed=None if i else (row, column))
         for i, (picture, cosine) in enumerate(zip(pictures, cosines, strict=True))
     ]
     sheet = contact_sheet(pairs)
-    return join([sheet, _scale(low, sheet.height)], gap=0, horizontal=True)
+    return join([sheet, colour_bar(low, sheet.height)], gap=0, horizontal=True)
 
 
-def _scale(low: float, height: int) -> Image.Image:
+def lowest(maps: Sequence[np.ndarray]) -> float:
+    """Where the colour scale of maps of cosines begins; never at 1, where it would have no length."""
+    return min(1 - 1e-12, *(float(cosines.min()) for cosines in maps))
+
+
+def colour_bar(low: float, height: int) -> Image.Image:
     """A bar with the colours of cosines from `low` (bottom) to 1 (top), round values beside it, and its name."""
     bar_width, tick_width, text_size = 18, 6, 16
     font = ImageFont.load_default(size=text_size)
