@@ -1,5 +1,6 @@
 """Continued pre-training: what waits, what is watched, and what comes out."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dinov3_hf.training import lora
 from dinov3_hf.training.continued import ContinuedTrainer, best_checkpoint, continued_model, harm_done, num_trainable
 from dinov3_hf.training.continued_config import ContinuedConfig
 from dinov3_hf.training.course import course, markdown
+from dinov3_hf.training.ssl_config import SSLConfig
 from tests.testing_utils import require_package, save_tiny_vit
 
 HEAD = {"num_prototypes": 32, "bottleneck_dim": 16, "hidden_dim": 32, "num_layers": 2}
@@ -112,6 +114,9 @@ def test_the_recipe_of_a_run_reads_back(vit, tmp_path):
     assert again.recipe() == args.recipe()
     assert again.image_mean == [0.5]
     assert args.result_fields(args.recipe()) == again.result_fields(again.recipe())
+    inherited = {field.name for field in dataclasses.fields(SSLConfig) if "group" in field.metadata}
+    own = {field.name for field in dataclasses.fields(ContinuedConfig) if "group" in field.metadata}
+    assert inherited <= own  # a changed default keeps its place in recipes and help
 
 
 def refuse(folder: Path, **config) -> Path:

@@ -111,7 +111,13 @@ class ContinuedConfig(SSLConfig):
         default=None,
         metadata=changes_the_result("Side of the local crops in pixels; null is 3/7 of global_crop_size."),
     )
-    gram_teacher: str | None = COPY
+    gram_teacher: str | None = field(
+        default=COPY,
+        metadata=changes_the_result(
+            "Whose patch similarities the student keeps: copy, of the model before its first step; null for no Gram "
+            "anchoring; ema, the EMA teacher itself; or another model of the same network."
+        ),
+    )
 
     # --- orchestration ---
     max_knn_drop: float | None = field(
