@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dinov3_hf.hub.card_validation import check_model_card
-from dinov3_hf.training.run_card import card_datasets, card_results, data_name
+from dinov3_hf.training.run_card import card_datasets, card_results, card_sections, data_name
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import parse_yaml
 from tests.training.test_ssl_trainer import make_args, make_trainer
@@ -43,6 +43,15 @@ def test_the_card_of_a_run(tmp_path):
     (tmp_path / "run" / "teacher" / "README.md").write_text(text + "\nMine.\n")
     trainer.save_teacher(tmp_path / "run" / "teacher")
     assert (tmp_path / "run" / "teacher" / "README.md").read_text() == text + "\nMine.\n"
+
+
+def test_a_card_does_not_tell_where_folders_lie(tmp_path):
+    args = make_args(tmp_path, start_from="/home/me/runs/a", gram_teacher="/home/me/runs/early")
+    training = card_sections(args, 2, [])["Training"]
+    assert "/home" not in training
+    assert "| started from | a (state) |" in training
+    recipe = parse_yaml(training.partition("```yaml\n")[2].partition("```")[0], "the card")
+    assert (recipe["start_from"], recipe["gram_teacher"]) == ("a", "early")
 
 
 def test_nothing_is_claimed_of_images_that_nobody_named(tmp_path):

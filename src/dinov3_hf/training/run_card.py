@@ -17,6 +17,8 @@ from dinov3_hf.yaml_text import dump_yaml
 
 PROVENANCE = "Trained without labels, by the objective of DINOv3, with `dinov3_hf`."
 CARD_ROWS = 5  # of the course of a continued run
+# Fields that may name a folder of this machine.
+_PLACES = ("start_from", "gram_teacher", "model")
 # Metric of a run -> what the Hub calls it, as a share of 1.
 _ACCURACIES = {"eval_knn_top1": "kNN top-1 accuracy", "eval_knn_top5": "kNN top-5 accuracy"}
 
@@ -51,11 +53,15 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
         "global batch": args.global_batch_size,
         "crops": "; ".join(_crops(sizes, args.num_local_crops) for sizes in args.crop_size_mix().sizes),
     }
+    if args.start_from is not None:
+        facts = {"started from": f"{data_name(args.start_from)} ({args.start_with})", **facts}
     if isinstance(args, ContinuedConfig):
         facts = {"started from": data_name(args.model), **facts}
     losses = _newest(log_history, "loss")
     facts |= {_spelled(name): f"{losses[name]:.4f}" for name in sorted(losses) if name.partition("/")[0] == "loss"}
-    recipe = dump_yaml({**args.result_fields(args.recipe()), "train_data": data_name(args.train_data)})
+    fields = args.result_fields(args.recipe())
+    fields |= {name: data_name(fields[name]) for name in _PLACES if fields.get(name) is not None}
+    recipe = dump_yaml({**fields, "train_data": data_name(args.train_data)})
     details = f"<details><summary>Recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>"
     sections = {"Training": f"{table(facts)}\n\n{details}"}
     evaluations = [shown for shown in map(described, log_history) if shown]
