@@ -38,7 +38,12 @@ class PairedTimes:
         return [ours / theirs for ours, theirs in zip(self.rounds[name], self.rounds[peer], strict=True)]
 
 
-def paired_times(candidates: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 2) -> PairedTimes:
+def paired_times(
+    candidates: Mapping[str, Callable[[], object]],
+    seconds: float,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> PairedTimes:
     """
     Time the candidates round by round.
 
@@ -46,6 +51,7 @@ def paired_times(candidates: Mapping[str, Callable[[], object]], seconds: float,
         candidates: Name -> what to run. Each round runs all of them, in an order that rotates.
         seconds: About how long to go on; at least five rounds are run.
         warmup: Rounds that are not counted.
+        clock: Seconds; `time.process_time` on a machine with other work, where one thread does all of it.
     """
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -53,12 +59,12 @@ def paired_times(candidates: Mapping[str, Callable[[], object]], seconds: float,
     while rounds < warmup + 5 or time.perf_counter() - start < seconds:
         for at in range(len(names)):
             name = names[(at + rounds) % len(names)]
-            begin = time.perf_counter()
+            begin = clock()
             candidates[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if rounds >= warmup:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
         rounds += 1
     return PairedTimes(times)
 
