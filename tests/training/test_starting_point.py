@@ -1,5 +1,6 @@
 """A stage that starts from an earlier run: what is found, what is refused, and that it goes on as the run would."""
 
+import copy
 import json
 import re
 import shutil
@@ -28,7 +29,7 @@ class RecordingTrainer(SSLTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.batches.append([dict(batch) for batch in batches])
+        self.batches.append(copy.deepcopy(batches))  # the step finishes them in place
         return batches, num_items
 
 
@@ -76,7 +77,7 @@ def moments(trainer: SSLTrainer) -> dict[str, dict[str, torch.Tensor]]:
 def test_a_stage_takes_the_very_steps_that_the_run_takes(recorded, tmp_path):
     folder, batches = recorded
     stage = make(ReplayingTrainer, tmp_path, max_steps=3, start_from=str(folder / "checkpoint-3"))
-    stage.batches = [[dict(batch) for batch in step] for step in batches[3:]]
+    stage.batches = copy.deepcopy(batches[3:])
     stage.train()
 
     end = load_file(folder / "checkpoint-6" / "model.safetensors")
