@@ -109,7 +109,10 @@ class ContinuedTrainer(SSLTrainer):
     def show_course(self) -> None:
         """Print the evaluations before, during and after."""
         headings, rows = course(self.state.log_history)
-        table = Table(*headings, box=box.SIMPLE_HEAD)
+        # A narrow terminal wraps headings at spaces only.
+        table = Table(
+            *(heading.replace("-", " ") for heading in headings), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+        )
         for column in table.columns:
             column.justify = "right"
         for row in rows:
@@ -180,7 +183,7 @@ class HarmCallback(TrainerCallback):
 def harm_done(args: ContinuedConfig, history: LogHistory) -> str | None:
     """What is wrong with the newest of these evaluations beside that of step 0; None if nothing is."""
     start, now = history[0], history[-1]
-    if args.max_knn_drop is not None and KNN in now and start["step"] == 0:
+    if args.max_knn_drop is not None and KNN in now and KNN in start:
         drop = start[KNN] - now[KNN]
         if drop > args.max_knn_drop:
             return (
