@@ -80,9 +80,12 @@ def test_every_program_is_covered():
 def test_training_commands(desk):
     for command in COMMANDS:
         if command.startswith(("accelerate", "python")):
+            # The Hub is out of reach; the quickstart's teacher is a model like any other.
+            command = command.replace("facebook/dinov3-vits16-pretrain-lvd1689m", "runs/quickstart/teacher")
             shorter = ["--max_steps", "4", "--save_steps", "2"] if "--help" not in command else []
             run([*shlex.split(command), *shorter], desk)
-    assert (desk / "runs" / "photos" / "teacher" / "model.safetensors").is_file()
+    for name in ("photos", "photos_gram", "photos_highres", "mine"):
+        assert (desk / "runs" / name / "teacher" / "model.safetensors").is_file(), name
 
 
 def test_commands_on_the_model(desk):
@@ -94,7 +97,7 @@ def test_commands_on_the_model(desk):
         assert "model.safetensors" in hub.repositories["me/vits16"].files()
     before, back = (torch.load(desk / name) for name in ("dinov3_vits16_pretrain.pth", "back.pth"))
     assert before.keys() == back.keys() and all(torch.equal(before[name], back[name]) for name in before)
-    for name in ("pca.png", "similarity.png"):
+    for name in ("pca.png", "similarity.png", "checkpoints.png", "health.png"):
         with Image.open(desk / name) as picture:
             assert min(picture.size) > 64
 

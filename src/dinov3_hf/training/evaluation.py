@@ -93,7 +93,8 @@ class KnnCallback(Evaluator):
             )
         if self.query is None:
             return leave_one_out_accuracies(features[0], [NUM_NEIGHBOURS], device=args.device)[NUM_NEIGHBOURS]
-        return knn_accuracy(*features, k=NUM_NEIGHBOURS, device=args.device)
+        reference, query = features
+        return knn_accuracy(reference, query, k=NUM_NEIGHBOURS, device=args.device)
 
 
 class DenseHealthCallback(Evaluator):
