@@ -156,7 +156,7 @@ def test_models_that_cannot_be_started_from(vit, tmp_path):
         ({"start_from": "runs/a"}, "name the backbone as model"),
         ({"num_channels": 1, "image_mean": [0.1, 0.2, 0.3]}, "image_mean has 3 values"),
         ({"max_knn_drop": -1.0}, "max_knn_drop -1 is negative"),
-        ({"backbone": {"hidden_sise": 3}}, "hidden_size"),
+        ({"backbone": {"hiddensize": 3}}, "hidden_size"),
         ({"eval_strategy": "steps", "eval_steps": 2}, "eval_on_start: true"),
     ],
 )
