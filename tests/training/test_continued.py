@@ -134,6 +134,9 @@ def test_models_that_cannot_be_started_from(vit, tmp_path):
         str(vit / "model.safetensors"): (ValueError, "is a file; convert it first, dinov3-hf convert"),
         str(tmp_path / "gone.pth"): (FileNotFoundError, "there is no model"),
     }
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    cases[str(tmp_path / "broken")] = (ValueError, "broken/config.json is no JSON")
     (tmp_path / "empty").mkdir()
     cases[str(tmp_path / "empty")] = (FileNotFoundError, "holds no config.json")
     for model, (kind, says) in cases.items():
@@ -156,7 +159,11 @@ def test_models_that_cannot_be_started_from(vit, tmp_path):
         ({"start_from": "runs/a"}, "name the backbone as model"),
         ({"num_channels": 1, "image_mean": [0.1, 0.2, 0.3]}, "image_mean has 3 values"),
         ({"max_knn_drop": -1.0}, "max_knn_drop -1 is negative"),
+        ({"lora_alpha": 8}, "lora_alpha 8 is without lora_rank"),
+        ({"lora_rank": 4, "lora_alpha": 0}, "lora_alpha 0 is not positive"),
         ({"backbone": {"hiddensize": 3}}, "hidden_size"),
+        ({"backbone": {"rope_theta": 50.0}}, "rope_theta 50.0 is that of another network, the model has 100.0"),
+        ({"backbone": {"num_hidden_layers": 1}}, "num_hidden_layers 1 is that of another network"),
         ({"eval_strategy": "steps", "eval_steps": 2}, "eval_on_start: true"),
     ],
 )

@@ -130,6 +130,8 @@ def test_evaluation_leaves_the_run_as_it_would_have_been(tmp_path):
 def test_what_people_read():
     logs = {"loss": 3.0, "eval_knn_top1": 63.06, "eval_patch_cls_cosine": 0.25, "eval_mine": 1234.5, "step": 3}
     assert described(logs) == {"kNN top-1": "63.1 %", "patch-CLS cosine": "0.250", "mine": "1234"}
+    read_back = dict(sorted(logs.items()))
+    assert list(described(read_back)) == list(described(logs))
     assert described({"loss": 3.0}) == {}
 
 

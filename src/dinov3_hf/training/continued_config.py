@@ -11,6 +11,7 @@ from dinov3_hf.errors import ArgumentError
 from dinov3_hf.field_types import fit_mapping
 from dinov3_hf.hub.model_card import license_of
 from dinov3_hf.models.image_channels import ChannelStatistics, statistics_for
+from dinov3_hf.models.same_network import network_differences
 from dinov3_hf.training.gram_config import COPY
 from dinov3_hf.training.lora import check_peft
 from dinov3_hf.training.recipe_config import changes_the_result, orchestration, plain
@@ -197,6 +198,9 @@ class ContinuedConfig(SSLConfig):
             if self.lora_rank < 1:
                 raise ValueError(f"lora_rank {self.lora_rank} is not positive; use null for no adapters.")
             check_peft()
+        if self.lora_alpha is not None and (self.lora_rank is None or self.lora_alpha < 1):
+            why = "is without lora_rank, which makes the adapters" if self.lora_rank is None else "is not positive"
+            raise ValueError(f"lora_alpha {self.lora_alpha} {why}; use null for lora_alpha, or set both above 0.")
 
     @property
     def alpha(self) -> int:
@@ -219,4 +223,11 @@ class ContinuedConfig(SSLConfig):
         changes = fit_mapping("backbone", recipe["backbone"], own_annotations(type(start.config)))
         fields = {name: plain(start.config.__dict__[name]) for name in own_annotations(type(start.config))}
         fields |= {"image_size": recipe["global_crop_size"], "num_channels": recipe["num_channels"], **changes}
-        return type(start.config)(**fields)
+        config = type(start.config)(**fields)
+        for name, own, there in network_differences(config, start.config):
+            if name != "num_channels":
+                raise ValueError(
+                    f"backbone: {name} {own!r} is that of another network, the model has {there!r}; change what acts "
+                    "in training only, such as drop_path_rate."
+                )
+        return config

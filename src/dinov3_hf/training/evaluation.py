@@ -174,10 +174,15 @@ def ask(callbacks: Iterable[TrainerCallback], backbone: PreTrainedModel, args: S
 
 
 def described(logs: Mapping[str, float]) -> dict[str, str]:
-    """The numbers of an evaluation as people read them, from a log entry: `{"kNN top-1": "63.1 %"}`."""
+    """
+    The numbers of an evaluation as people read them, from a log entry, in the order of LABELS:
+    `{"kNN top-1": "63.1 %"}`.
+    """
+    names = [name for name in logs if name.startswith("eval_")]
+    # A log that was read back from a checkpoint is in the order of the alphabet.
+    names = [name for name in LABELS if name in names] + [name for name in names if name not in LABELS]
     shown = {}
-    for name, value in logs.items():
-        if name.startswith("eval_"):
-            label, template = LABELS.get(name, (name.removeprefix("eval_"), "{:.4g}"))
-            shown[label] = template.format(value)
+    for name in names:
+        label, template = LABELS.get(name, (name.removeprefix("eval_"), "{:.4g}"))
+        shown[label] = template.format(logs[name])
     return shown

@@ -1,6 +1,5 @@
 """The trained model that continued pre-training starts from: what its folder says, before any weights are read."""
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.hub.architecture import read_json
 from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, WITHOUT_MASK_TOKEN, patch_side
 from dinov3_hf.models.image_channels import ChannelStatistics
 
@@ -100,7 +100,7 @@ def _source(model: str) -> str:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return bool(json.loads((folder / "config.json").read_text()).get("model_type") == "dinov3_pretraining")
+    return bool(read_json(folder / "config.json").get("model_type") == "dinov3_pretraining")
 
 
 def _convert(model: str) -> str:
