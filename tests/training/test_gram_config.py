@@ -60,6 +60,7 @@ def test_the_kind_of_teacher(tmp_path, teacher, kind):
             {"gram_teacher": "copy", "gram_weight_schedule": {"start": 0, "peak": 2, "warmup_steps": 9}},
             "gram_weight_schedule.warmup_steps 9 is longer than the run",
         ),
+        ({"gram_teacher": "copy", "gram_weight_schedule": -2}, "gram_weight_schedule .* is negative"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(tmp_path, fields, message):
