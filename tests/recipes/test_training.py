@@ -28,9 +28,10 @@ SIZES = {
     "teacher_temperature_schedule.warmup_steps": 1,
     "freeze_last_layer_steps": 1,
 }
-# Of the later stages, by the end of the recipe's name.
+# Of the later stages, by the end of the recipe's name. The script has no earlier run here to copy at step 0.
 STAGES = {
     "gram_anchor": {
+        "gram_start_step": 1,
         "lr_schedule.start": 0.0,
         "teacher_temperature_schedule.start": 0.04,
         "gram_crop_size": 64,
@@ -40,6 +41,7 @@ STAGES = {
         "local_loss_weight_schedule.cosine_steps": 1,
     },
     "high_res": {
+        "gram_start_step": 1,
         "crop_sizes": "[{global: 64, local: 32, gram: 96, probability: 0.5}, {global: 80, local: 48, gram: 96, "
         "probability: 0.5}]",
         "lr_schedule.cosine_steps": 0,

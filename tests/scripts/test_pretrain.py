@@ -143,6 +143,7 @@ def test_an_error_is_one_line_and_a_status(tmp_path):
         (("RECIPE", "--global_bach_size", "8"), 2, "global_batch_size"),
         (("RECIPE", "--max_steps", "many"), 2, "max_steps"),
         (("RECIPE", "--train_data", "null"), 2, "train_data is not set"),
+        (("RECIPE", "--gram_teacher", "copy"), 2, "gram_anchor.py --from"),
         (("RECIPE", "--train_data", "nowhere/photos"), 1, "nowhere"),
         (("RECIPE", "--train_data", "EMPTY"), 1, "EMPTY"),
         (("RECIPE", "--train_data", "TEXTS"), 1, "no image"),

@@ -133,7 +133,7 @@ def entry(**changes):
         ),
         (
             {"crop_sizes": entry(gram=24)},
-            r"crop_sizes\.0\.gram 24 is for a Gram teacher with crops of its own, but gram_teacher is null; set",
+            r"crop_sizes\.0\.gram 24 needs a Gram teacher of its own, but gram_teacher is null; set",
         ),
         ({"crop_sizes": entry(gram=24), "gram_teacher": "ema"}, r"crop_sizes\.0\.gram 24 .* but gram_teacher is ema;"),
         ({"crop_sizes": entry(), "gram_crop_size": 24, **GRAM}, r"crop_sizes\.0 has no gram, but the Gram teacher"),

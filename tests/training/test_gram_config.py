@@ -33,16 +33,19 @@ def test_the_kind_of_teacher(tmp_path, teacher, kind):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"gram_crop_size": 32}, "gram_crop_size 32 is for .* is null; set gram_teacher: copy"),
-        ({"gram_crop_size": 32, "gram_teacher": "ema"}, "gram_teacher is ema; the EMA teacher sees the global crops"),
+        ({"gram_crop_size": 32}, "gram_crop_size need .* set gram_teacher: copy, or set gram_crop_size: null"),
+        (
+            {"gram_crop_size": 32, "gram_teacher": "ema", "gram_refresh_steps": 2, "gram_first_refresh_step": 2},
+            "is ema; set .* or set gram_crop_size: null, gram_refresh_steps: null, gram_first_refresh_step: 0",
+        ),
         ({"gram_crop_size": 30, "gram_teacher": "copy"}, "gram_crop_size 30 is not a multiple .* 28 or 32"),
         ({"gram_refresh_steps": 2}, "gram_teacher is null"),
-        ({"gram_refresh_steps": 2, "gram_teacher": "ema"}, "always fresh"),
+        ({"gram_refresh_steps": 2, "gram_teacher": "ema"}, "gram_refresh_steps need .* gram_teacher is ema"),
         ({"gram_max_refreshes": 2, "gram_teacher": "copy"}, "need gram_refresh_steps"),
         ({"gram_refresh_steps": 0, "gram_teacher": "copy"}, "gram_refresh_steps 0 is not positive"),
         ({"gram_refresh_steps": 6, "gram_teacher": "copy"}, r"gram_refresh_steps 6 is beyond the run \(max_steps 6\)"),
         ({"gram_start_step": 9, "gram_teacher": "copy"}, r"gram_start_step 9 is beyond the run \(max_steps 6\)"),
-        ({"gram_start_step": -1, "gram_teacher": "copy"}, "gram_start_step -1 is not positive"),
+        ({"gram_start_step": -1, "gram_teacher": "copy"}, "gram_start_step -1 is negative"),
         ({"gram_refresh_steps": 2, "gram_first_refresh_step": 7, "gram_teacher": "copy"}, "step 7 is beyond"),
         ({"gram_refresh_steps": 2, "gram_max_refreshes": -1, "gram_teacher": "copy"}, "gram_max_refreshes -1"),
         ({"gram_tokens": "masked", "gram_teacher": "copy"}, "set gram_per_image: false"),
@@ -61,6 +64,7 @@ def test_the_kind_of_teacher(tmp_path, teacher, kind):
             "gram_weight_schedule.warmup_steps 9 is longer than the run",
         ),
         ({"gram_teacher": "copy", "gram_weight_schedule": -2}, "gram_weight_schedule .* is negative"),
+        ({"koleo_weight": -0.1}, "koleo_weight -0.1 is negative"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(tmp_path, fields, message):

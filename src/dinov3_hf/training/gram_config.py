@@ -9,6 +9,13 @@ from dinov3_hf.training.recipe_config import RecipeConfig, changes_the_result
 from dinov3_hf.training.schedules import Schedule, resolve_steps
 
 EMA, COPY = "ema", "copy"  # values of gram_teacher; any other names a model
+# Fields of a Gram teacher that is neither absent nor the EMA teacher -> how they are left out.
+_OF_A_TEACHER_OF_ITS_OWN = {
+    "gram_crop_size": "null",
+    "gram_refresh_steps": "null",
+    "gram_first_refresh_step": "0",
+    "gram_max_refreshes": "null",
+}
 
 
 @dataclass
@@ -102,28 +109,15 @@ class GramConfig(RecipeConfig):
         group_size = None if self.gram_per_image else (self.gram_group_size or self.global_batch_size)
         check_gram_groups(group_size, micro_batch, self.global_batch_size)
 
-    def check_gram_crops(self, name: str, size: int) -> None:
-        """Refuse crops for the Gram teacher alone, asked for by the field `name`, where nobody looks at them.
-
-        Raises:
-            ArgumentError: there is no Gram teacher, or it is the EMA teacher.
-        """
-        if self.gram_teacher in (None, EMA):
-            remedy = "set gram_teacher: copy" if self.gram_teacher is None else "the EMA teacher sees the global crops"
-            raise ArgumentError(
-                f"{name} {size} is for a Gram teacher with crops of its own, but gram_teacher is "
-                f"{self.gram_teacher or 'null'}; {remedy}, or leave {name} out."
-            )
-
     def _check_gram_choices(self) -> None:
-        if self.gram_crop_size is not None:
-            self.check_gram_crops("gram_crop_size", self.gram_crop_size)
-        if self.gram_refresh_steps is not None and self.gram_teacher in (None, EMA):
-            remedy = "set gram_teacher: copy" if self.gram_teacher is None else "the EMA teacher is always fresh"
-            raise ArgumentError(
-                f"gram_refresh_steps {self.gram_refresh_steps:g} refreshes a Gram teacher, but gram_teacher is "
-                f"{self.gram_teacher or 'null'}; {remedy}, or leave gram_refresh_steps out."
-            )
+        if self.gram_teacher in (None, EMA):
+            idle = [name for name, unset in _OF_A_TEACHER_OF_ITS_OWN.items() if self.__dict__[name] not in (None, 0)]
+            if idle:
+                unset = ", ".join(f"{name}: {_OF_A_TEACHER_OF_ITS_OWN[name]}" for name in idle)
+                raise ArgumentError(
+                    f"{' and '.join(idle)} need a Gram teacher of its own, but gram_teacher is "
+                    f"{self.gram_teacher or 'null'}; set gram_teacher: copy, or set {unset}."
+                )
         if self.gram_refresh_steps is None and (self.gram_max_refreshes is not None or self.gram_first_refresh_step):
             raise ArgumentError(
                 "gram_first_refresh_step and gram_max_refreshes need gram_refresh_steps; set it, or leave them out."
@@ -152,7 +146,8 @@ class GramConfig(RecipeConfig):
             if steps is None:
                 continue
             if steps < 0 or (name == "gram_refresh_steps" and steps == 0):
-                raise ValueError(f"{name} {steps:g} is not positive; use a number of steps, or a share of the run.")
+                what = "negative" if steps < 0 else "not positive"
+                raise ValueError(f"{name} {steps:g} is {what}; use a number of steps, or a share of the run.")
             if resolve_steps(steps, self.max_steps) >= self.max_steps:
                 raise ValueError(
                     f"{name} {steps:g} is beyond the run (max_steps {self.max_steps}); use a smaller number, or a "

@@ -66,7 +66,10 @@ def load_gram_teacher(gram_teacher: nn.Module, config: PreTrainedConfig, source:
         FileNotFoundError: there is no such model.
         ValueError: it is another network than the one that is trained, so that its patches would not be comparable.
     """
-    model, _ = load_model(str(_backbone_folder(source)))
+    try:
+        model, _ = load_model(str(_backbone_folder(source)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"gram_teacher {source}: {error}") from error
     differences = list(network_differences(config, model.config))
     if differences:
         name, here, there = differences[0]

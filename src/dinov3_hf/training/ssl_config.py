@@ -273,6 +273,9 @@ class SSLConfig(GramConfig):
         for name in ("student_temperature", "layerwise_lr_decay", "patch_embed_lr_mult"):
             if self.__dict__[name] <= 0:
                 raise ValueError(f"{name} {self.__dict__[name]} is not positive; use a number above 0.")
+        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
+            if self.__dict__[name] < 0:
+                raise ValueError(f"{name} {self.__dict__[name]:g} is negative; use 0 to leave the term out.")
         for name in ("num_local_crops", "freeze_last_layer_steps"):
             if self.__dict__[name] < 0:
                 raise ValueError(f"{name} {self.__dict__[name]} is negative; use 0 for none.")
@@ -335,7 +338,11 @@ class SSLConfig(GramConfig):
             if self.num_local_crops and backbone.model_type not in WITHOUT_MASK_TOKEN:
                 check_crop_size(f"{entry}.local", sizes.local_crop_size, side)
             if sizes.gram_crop_size is not None:
-                self.check_gram_crops(f"{entry}.gram", sizes.gram_crop_size)
+                if self.gram_teacher in (None, EMA):
+                    raise ArgumentError(
+                        f"{entry}.gram {sizes.gram_crop_size} needs a Gram teacher of its own, but gram_teacher is "
+                        f"{self.gram_teacher or 'null'}; set gram_teacher: copy, or leave gram out of crop_sizes."
+                    )
                 check_crop_size(f"{entry}.gram", sizes.gram_crop_size, side)
             elif wants_gram:
                 raise ArgumentError(

@@ -120,7 +120,10 @@ def from_run(stage: Callable[[Mapping[str, Any], str], Recipe]) -> Callable[[Map
 
 def _page_of_run(source: Path) -> Path:
     if not source.is_dir():
-        raise FileNotFoundError(f"start_from {source}: there is no such folder; name the output folder of a run.")
+        raise FileNotFoundError(
+            f"start_from {source}: there is no such folder; name the output folder of a run, or to go on with a stage "
+            f"whose run is gone, put the {RECIPE} of its own checkpoint-N before --from."
+        )
     folder = source.parent if source.name == "teacher" else source
     for candidate in (folder, *reversed(checkpoints(folder))):
         if (candidate / RECIPE).is_file():
