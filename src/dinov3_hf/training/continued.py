@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging as transformers_logging
 
 from dinov3_hf.evals.features import load_model
+from dinov3_hf.hub.model_card import keep_edited_card
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.image_channels import ChannelStatistics, change_channels
 from dinov3_hf.training.checkpoints import checkpoints, problem, replacing_folder, step_of
@@ -141,6 +142,7 @@ class ContinuedTrainer(SSLTrainer):
             raise RuntimeError(f"{said}. Nothing on the way was better than {self.args.model}: keep it; {remedy}.")
         with replacing_folder(folder) as staged:
             shutil.copytree(best / "teacher", staged, dirs_exist_ok=True)
+            keep_edited_card(folder, staged)
         return (
             f"{said[0].upper()}{said[1:]}.\n{folder} is the teacher of {best.name}, the best. To go further, {remedy}."
         )
