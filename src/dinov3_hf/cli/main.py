@@ -17,7 +17,10 @@ COMMANDS = {
         "Convert a DINOv3 backbone between the formats of transformers, of the original and of timm.",
     ),
     "evaluate": ("dinov3_hf.cli.evaluate", "Measure the frozen features of a model."),
-    "visualize": ("dinov3_hf.cli.visualize", "Make a picture of what the features of a model tell apart."),
+    "visualize": (
+        "dinov3_hf.cli.visualize",
+        "Make a picture of what the features of a model tell apart, or of their course in a run.",
+    ),
     "push": ("dinov3_hf.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
 }
 

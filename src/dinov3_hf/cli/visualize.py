@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
 @kinds.callback()
 def visualize() -> None:
-    """Make a picture of what the features of a model tell apart, or of how they fare in the course of a run."""
+    """Make a picture of what the features of a model tell apart, or of their course in a run."""
 
 
 @kinds.command()
