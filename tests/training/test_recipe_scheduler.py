@@ -101,3 +101,17 @@ def test_frozen_last_layers_do_not_move_and_do_not_decay():
         scheduler.step()
         assert torch.equal(last_layer, before) == (step < 2)
     assert optimizer.state[last_layer]["step"] == 3  # the moments went on all along
+
+
+def test_goes_on_from_groups_that_do_not_name_their_rate():
+    optimizer, scheduler = make()
+    rates = [group["rate"] for group in optimizer.param_groups]
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["rate"]
+    optimizer.load_state_dict(state)
+    scheduler.load_state_dict({"last_epoch": 5})
+    values = SCHEDULES.at(5)
+    assert [group["lr"] for group in optimizer.param_groups] == [
+        values[rate] * group["lr_multiplier"] for rate, group in zip(rates, optimizer.param_groups, strict=True)
+    ]

@@ -22,12 +22,15 @@ class RecipeScheduler(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, schedules: TrainingSchedules) -> None:
         self.schedules = schedules
+        # Remembered: the groups of an optimizer state that is loaded may be of a version that did not name them.
+        self._rates = [group["rate"] for group in optimizer.param_groups]
         super().__init__(optimizer)  # calls step(), which moves last_epoch from -1 to 0
 
     def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the current step, one for each group."""
         values = self.schedules.at(self.last_epoch)
-        return [values[group["rate"]] * group["lr_multiplier"] for group in self.optimizer.param_groups]
+        groups = zip(self._rates, self.optimizer.param_groups, strict=True)
+        return [values[rate] * group["lr_multiplier"] for rate, group in groups]
 
     def step(self, epoch: int | None = None) -> None:
         """Moves on by one optimizer step."""
