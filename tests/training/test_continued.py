@@ -339,6 +339,11 @@ def test_a_run_that_does_harm_stops_and_says_what_is_best(vit, tmp_path, caplog)
     assert markdown(headings, rows[:1]).splitlines()[1] == "| --- | --- | --- | --- | --- |"
 
 
+def test_limits_that_nobody_looks_at_are_warned_of(vit, tmp_path, caplog):
+    make_trainer(vit, tmp_path / "run", max_steps=4, head_steps=1, ramp_steps=1, eval_strategy="no").train()
+    assert "not looked at with eval_strategy no" in caplog.text
+
+
 def test_harm_from_the_first_look_on_leaves_the_model_that_was(vit, tmp_path):
     digits = load_images("digits", split="test", labelled=True)
     options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_data": "digits"}
@@ -349,6 +354,8 @@ def test_harm_from_the_first_look_on_leaves_the_model_that_was(vit, tmp_path):
         RuntimeError, match=r"stopped at step 2 of 40: .* Nothing on the way was better than .*vit: keep"
     ):
         trainer.save_outcome(tmp_path / "run" / "teacher")
+    with pytest.raises(RuntimeError, match="keep it"):  # before anything reaches the Hub
+        trainer.push_to_hub()
     assert not (tmp_path / "run" / "teacher").exists()
 
 

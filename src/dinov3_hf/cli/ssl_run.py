@@ -42,8 +42,8 @@ def run_recipe(args: SSLConfig) -> None:
     _train(trainer)
     if trainer.is_world_process_zero():
         teacher = Path(args.output_dir or ".") / "teacher"
-        trainer.save_teacher(teacher)
-        print(summary(trainer.state.log_history, teacher))
+        outcome = trainer.save_outcome(teacher)
+        print("\n".join([*accuracies(trainer.state.log_history), outcome]))
         if args.push_to_hub:
             print(f"and at {trainer.push_teacher(teacher)}")
 
@@ -103,8 +103,10 @@ def _train(trainer: SSLTrainer) -> None:
     trainer.save_state()  # trainer_state.json
 
 
-def summary(log_history: list[dict[str, float]], teacher: Path) -> str:
-    """The accuracies of a run and where its teacher is, in a few lines."""
-    accuracies = [(entry["step"], entry["eval_knn_top1"]) for entry in log_history if "eval_knn_top1" in entry]
-    lines = [f"kNN top-1 accuracy of the teacher at step {step:>6,}: {value:5.1f} %" for step, value in accuracies]
-    return "\n".join([*lines, f"The trained teacher is in {teacher}"])
+def accuracies(log_history: list[dict[str, float]]) -> list[str]:
+    """A line for each kNN accuracy of a run."""
+    return [
+        f"kNN top-1 accuracy of the teacher at step {int(entry['step']):>6,}: {entry['eval_knn_top1']:5.1f} %"
+        for entry in log_history
+        if "eval_knn_top1" in entry
+    ]

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging as transformers_logging
 
 from dinov3_hf.evals.features import load_model
@@ -132,10 +132,10 @@ class ContinuedTrainer(SSLTrainer):
         """
         best = best_checkpoint(Path(self.args.output_dir or "."), self.state)
         if self.harm is None:
-            self.save_teacher(folder)
+            outcome = super().save_outcome(folder)
             is_last = best is None or step_of(best) == self.state.global_step
             better = "" if is_last else f"; the best one on the way is in {best}/teacher"
-            return f"The trained teacher is in {folder}{better}"
+            return f"{outcome}{better}"
         remedy = "lower learning_rate, raise head_steps or gram_weight_schedule, or set lora_rank"
         said = f"stopped at step {self.state.global_step:,} of {self.args.max_steps:,}: {self.harm}"
         if best is None:
@@ -163,6 +163,17 @@ class HarmCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.harm: str | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert isinstance(args, ContinuedConfig)
+        limits = (args.max_knn_drop, args.max_patch_drift)
+        if args.eval_strategy == IntervalStrategy.NO and limits != (None, None) and state.is_world_process_zero:
+            logger.warning(
+                "max_knn_drop and max_patch_drift are not looked at with eval_strategy no; set eval_strategy: steps, "
+                "or both to null."
+            )
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

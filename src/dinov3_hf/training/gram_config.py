@@ -132,13 +132,6 @@ class GramConfig(RecipeConfig):
                 f"gram_group_size {self.gram_group_size} needs gram_per_image: false; set it, or leave "
                 "gram_group_size out."
             )
-        if self.gram_tokens == "masked" and self.mask_free:
-            raise ArgumentError("gram_tokens masked needs masks, but ibot_weight is 0; use gram_tokens: all.")
-
-    @property
-    def mask_free(self) -> bool:
-        """Whether no patch is masked in this run."""
-        raise NotImplementedError
 
     def _check_gram_steps(self) -> None:
         for name in ("gram_start_step", "gram_first_refresh_step", "gram_refresh_steps"):

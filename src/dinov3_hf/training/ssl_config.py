@@ -254,6 +254,8 @@ class SSLConfig(GramConfig):
         backbone_config = self.backbone_config()
         self._check_views(backbone_config)
         self.check_gram()
+        if self.gram_tokens == "masked" and self.mask_free:
+            raise ArgumentError("gram_tokens masked needs masks, but ibot_weight is 0; use gram_tokens: all.")
         self.pretraining_config()  # its own checks
         check_koleo_groups(
             self.koleo_group_size,
@@ -306,6 +308,7 @@ class SSLConfig(GramConfig):
 
     @property
     def mask_free(self) -> bool:
+        """Whether no patch is masked in this run."""
         return self.ibot_weight == 0
 
     def _check_views(self, backbone: PreTrainedConfig) -> None:

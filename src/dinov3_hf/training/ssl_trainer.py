@@ -157,9 +157,7 @@ class SSLTrainer(Trainer):
     @property
     def submodules(self) -> dict[str, nn.Module]:
         """The parts of the student that have a parameter group namespace and a gradient clip of their own."""
-        student = self.model.student
-        parts = {"backbone": student.backbone, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
-        return {name: part for name, part in parts.items() if part is not None}
+        return dict(self.model.student.named_children())
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -471,6 +469,11 @@ class SSLTrainer(Trainer):
             keep_edited_card(folder, staged)
             self._write_teacher(staged)
 
+    def save_outcome(self, folder: Path) -> str:
+        """Write what the run has come to, the last teacher, to `folder`, and return what to tell people."""
+        self.save_teacher(folder)
+        return f"The trained teacher is in {folder}"
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
         Create the repository `hub_model_id`, so that a run which cannot be published says so before it begins.
@@ -516,7 +519,7 @@ class SSLTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         teacher = Path(self.args.output_dir or ".") / "teacher"
-        self.save_teacher(teacher)
+        self.save_outcome(teacher)
         return self.push_teacher(teacher, commit_message, token, revision, private)
 
     def push_teacher(

@@ -129,14 +129,16 @@ def as_source(images: Images, num_channels: int) -> ImageSource:
     Raises:
         ValueError: they are read with, or have, another number of channels.
     """
-    source = images if isinstance(images, ImageSource) else GivenImages(images, num_channels)
-    if source.num_channels != num_channels:
+    if not isinstance(images, ImageSource):
+        given = GivenImages(images, num_channels)
+        given.check_channels()  # as load_images has done with the others
+        return given
+    if images.num_channels != num_channels:
         raise ValueError(
-            f"the images are read with {source.num_channels} channels, and the model takes {num_channels}; open them "
+            f"the images are read with {images.num_channels} channels, and the model takes {num_channels}; open them "
             f"with load_images(..., num_channels={num_channels})."
         )
-    source.check_channels()
-    return source
+    return images
 
 
 def part_and_row(ends: np.ndarray, i: int) -> tuple[int, int]:
