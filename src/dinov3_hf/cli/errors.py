@@ -4,7 +4,7 @@
 |---|---|
 | 0 | it worked |
 | 2 | the arguments cannot be parsed (`ArgumentError`, or the command line's own parser) |
-| 75 | preempted: the run saved itself and asks to be queued again (`SystemExit(75)` passes through) |
+| 75 | preempted: the run has saved itself and asks to be queued again (`Preempted` of `training` passes through) |
 | 130 | interrupted from the keyboard |
 | 143 | ended by SIGTERM, after cleaning up (`SystemExit(143)` passes through) |
 | 1 | everything else |

@@ -10,9 +10,11 @@ from dinov3_hf.data.sources.base import ImageSource
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.training.checkpoints import checkpoints
 from dinov3_hf.training.continued import ContinuedTrainer, continued_model
 from dinov3_hf.training.continued_config import ContinuedConfig
 from dinov3_hf.training.evaluation import described
+from dinov3_hf.training.resume import AUTO
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 from dinov3_hf.training.starting_point import find_start
@@ -32,7 +34,7 @@ def run_recipe(args: SSLConfig) -> None:
     """
     _check_images_are_named(args)
     start = None
-    if args.start_from is not None and args.resume_from_checkpoint is None and args.process_index == 0:
+    if args.start_from is not None and _starts_afresh(args) and args.process_index == 0:
         start = find_start(args)
         print(start.describe(), flush=True)
     train_images, eval_images = _open_images(args)
@@ -74,6 +76,11 @@ def continue_pretraining(args: ContinuedConfig) -> None:
         print(trainer.save_outcome(teacher))
         if args.push_to_hub:
             print(f"and at {trainer.push_teacher(teacher)}")
+
+
+def _starts_afresh(args: SSLConfig) -> bool:
+    wanted = args.resume_from_checkpoint
+    return wanted is None or (wanted == AUTO and not checkpoints(Path(args.output_dir or ".")))
 
 
 def _check_images_are_named(args: SSLConfig) -> None:

@@ -14,6 +14,7 @@ from dinov3_hf.training.recipe_config import RecipeConfig
 
 logger = logging.getLogger(__name__)
 
+LAST, AUTO = "last", "auto"
 RECIPE = "recipe.yaml"
 DATA = "train_data.json"
 # What they gave is in every checkpoint: a run goes on when the folder has moved or is gone.
@@ -25,12 +26,13 @@ def find_checkpoint(wanted: str | None, args: RecipeConfig, fingerprint: Mapping
     Resolve `--resume_from_checkpoint`.
 
     Args:
-        wanted: None to start afresh, "last" for the newest complete checkpoint of the run, or a checkpoint folder.
+        wanted: None to start afresh, "last" for the newest complete checkpoint of the run, "auto" for that or a fresh
+            start if there is none, or a checkpoint folder.
         args: of the run.
         fingerprint: of the images to be trained on, plain values.
 
     Returns:
-        The checkpoint folder, or None. Incomplete checkpoints that "last" passes over are named in a warning.
+        The checkpoint folder, or None. Incomplete checkpoints that are passed over are named in a warning.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -39,7 +41,17 @@ def find_checkpoint(wanted: str | None, args: RecipeConfig, fingerprint: Mapping
     if wanted is None:
         return None
     output_dir = Path(args.output_dir or ".")
-    folder = newest_checkpoint(output_dir) if wanted == "last" else complete_checkpoint(Path(wanted))
+    if wanted == LAST:
+        folder = newest_checkpoint(output_dir)
+    elif wanted == AUTO:
+        try:
+            folder = newest_checkpoint(output_dir, remedy="starting afresh")
+        except FileNotFoundError as error:
+            if checkpoints(output_dir):
+                logger.warning(error)
+            return None
+    else:
+        folder = complete_checkpoint(Path(wanted))
     _check_recipe(folder, args, fingerprint)
     return folder
 
@@ -96,10 +108,12 @@ def complete_checkpoint(folder: Path) -> Path:
         ValueError: it is incomplete.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no checkpoint: there is no such folder; name a checkpoint-N, or last.")
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: there is no such folder; name a checkpoint-N, last or auto."
+        )
     why = problem(folder, checksums=True)
     if why is not None:
-        raise ValueError(f"{folder} is no complete checkpoint: {why}; name another checkpoint-N, or last.")
+        raise ValueError(f"{folder} is no complete checkpoint: {why}; name another checkpoint-N, last or auto.")
     return folder
 
 

@@ -65,6 +65,7 @@ from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teach
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
+from dinov3_hf.training.preemption import PreemptionCallback, leave_signals_to_the_run
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.resume import RECIPE, IntervalsOfThisRun, find_checkpoint, save_fingerprint
 from dinov3_hf.training.run_card import write_run_card
@@ -139,6 +140,8 @@ class SSLTrainer(Trainer):
         self.add_callback(StarvationWarningCallback())
         self.add_callback(self.unreadable_images)
         if eval_images is not None:
+        self.preemption = PreemptionCallback()
+        self.add_callback(self.preemption)
             self.add_callback(KnnCallback(*eval_images))
         self.add_callback(DenseHealthCallback(self.train_images))
         if not args.disable_tqdm:
@@ -167,7 +170,7 @@ class SSLTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: None to start afresh, "last" (or True) for the newest complete checkpoint in
-                `output_dir`, or a checkpoint folder.
+                `output_dir`, "auto" for that or a fresh start if there is none, or a checkpoint folder.
             trial: not used.
             ignore_keys_for_eval: not used.
 
@@ -177,16 +180,21 @@ class SSLTrainer(Trainer):
                 another network.
             OSError: a checkpoint could not be written; the complete ones are as they were.
         """
-        folder = self._checkpoint_to_go_on_from("last" if resume_from_checkpoint is True else resume_from_checkpoint)
-        if folder is None:
-            self._load_start()
-            self._load_gram_teacher()
-        try:
-            return super().train(resume_from_checkpoint=folder)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, TrainingProgressCallback):
-                    callback.close()
+            Preempted: a signal has ended the run, which is saved.
+        with self.preemption.watching():
+            wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
+            folder = self._checkpoint_to_go_on_from(wanted)
+            if folder is None:
+                self._load_start()
+                self._load_gram_teacher()
+            try:
+                outcome = super().train(resume_from_checkpoint=folder)
+            finally:
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, TrainingProgressCallback):
+                        callback.close()
+        self.preemption.end_run(self.state, self.accelerator.wait_for_everyone)
+        return outcome
 
     def _load_gram_teacher(self) -> None:
         source, gram_teacher = self.args.gram_teacher, self.model.gram_teacher
@@ -222,7 +230,7 @@ class SSLTrainer(Trainer):
         folder = find_checkpoint(wanted, self.args, self.train_images.fingerprint())
         if folder is not None:
             return str(folder)
-        if earlier := checkpoints(output_dir):
+        if wanted is None and (earlier := checkpoints(output_dir)):
             logger.warning(
                 "%s holds %s of an earlier run, to be replaced; --resume_from_checkpoint last would go on from it.",
                 output_dir,
@@ -243,6 +251,7 @@ class SSLTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+            worker_init_fn=leave_signals_to_the_run,
         prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
         return prepared
 
@@ -358,7 +367,8 @@ class SSLTrainer(Trainer):
         norms = clip_gradients(self.submodules, self.args.max_grad_norm)
         self._step_values.add({f"grad_norm/{name}": norm for name, norm in norms.items()})
         norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        self._step_values.add({"grad_norm": norm, "failures": norm.new_tensor(len(self._step_failures))})
+        told = {"failures": len(self._step_failures), "preempted": self.preemption.is_told}
+        self._step_values.add({"grad_norm": norm, **{name: norm.new_tensor(float(n)) for name, n in told.items()}})
         return self._settle_step(self._step_values.pop())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
@@ -376,6 +386,7 @@ class SSLTrainer(Trainer):
         is_main = self.is_world_process_zero()
         self.unreadable_images.count(self.args.global_batch_size, failures, is_main)
         if self.guard.passes(self.state.global_step + 1, values, is_main):
+        self.preemption.agree(values.pop("preempted") > 0)
             self._means.add(values)
             return values["grad_norm"]
         for parameter in self.model.parameters():
