@@ -139,9 +139,9 @@ class SSLTrainer(Trainer):
         self.add_callback(CollapseWarningCallback())
         self.add_callback(StarvationWarningCallback())
         self.add_callback(self.unreadable_images)
-        if eval_images is not None:
         self.preemption = PreemptionCallback()
         self.add_callback(self.preemption)
+        if eval_images is not None:
             self.add_callback(KnnCallback(*eval_images))
         self.add_callback(DenseHealthCallback(self.train_images))
         if not args.disable_tqdm:
@@ -179,8 +179,8 @@ class SSLTrainer(Trainer):
             ValueError: it is incomplete, or belongs to another recipe or other images; what is in `start_from` is
                 another network.
             OSError: a checkpoint could not be written; the complete ones are as they were.
-        """
             Preempted: a signal has ended the run, which is saved.
+        """
         with self.preemption.watching():
             wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
             folder = self._checkpoint_to_go_on_from(wanted)
@@ -250,8 +250,8 @@ class SSLTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-        )
             worker_init_fn=leave_signals_to_the_run,
+        )
         prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
         return prepared
 
@@ -382,11 +382,11 @@ class SSLTrainer(Trainer):
         Args:
             values: of all ranks and micro-batches, the same on every rank; so are the decisions that follow.
         """
+        self.preemption.agree(values.pop("preempted") > 0)
         failures = gather_lists(self._step_failures) if values.pop("failures") > 0 else []
         is_main = self.is_world_process_zero()
         self.unreadable_images.count(self.args.global_batch_size, failures, is_main)
         if self.guard.passes(self.state.global_step + 1, values, is_main):
-        self.preemption.agree(values.pop("preempted") > 0)
             self._means.add(values)
             return values["grad_norm"]
         for parameter in self.model.parameters():
