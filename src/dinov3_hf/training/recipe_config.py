@@ -226,14 +226,7 @@ class RecipeConfig(TrainingArguments):
     )
     gradient_checkpointing: bool = field(
         default=False,
-        metadata=efficiency("Compile the blocks of student and teachers, each by itself, when a step first meets them."),
-    )
-    fp8: bool = field(
-        default=False,
-        metadata=efficiency(
-            "Matrix products of the blocks' linear layers in float8, on GPUs of compute capability 8.9 or more; the"
-            " weights stay float32. Needs torchao."
-        ),
+        metadata=efficiency("Recompute activations in the backward pass to save memory."),
     )
     attn_implementation: str = field(
         default="sdpa",
