@@ -32,9 +32,12 @@ def test_recorded_batch(case):
         for name, values in entries.items()
         if name == "mask" or name.endswith("crops")
     }
-    samples = [{name: values[:, image] for name, values in rows.items()} for image in range(config["batch_size"])]
+    samples = [
+        {"image": image, **{name: values[:, image] for name, values in rows.items()}}
+        for image in range(config["batch_size"])
+    ]
     batch = collate_views(samples)
-    assert batch.keys() == entries.keys()
+    assert batch.keys() == {*entries, "first_image"}
     for name, expected in entries.items():
         torch.testing.assert_close(batch[name], expected)
 
@@ -53,6 +56,7 @@ def sample(image, num_local=3):
         "local_crops": number[2 : 2 + num_local].expand(num_local, 3, 2, 2),
         "local_photometric": {"factor": np.arange(2, 2 + num_local)[:, None] * 10 + image},
         "mask": torch.tensor([[False, True, True], [False, False, image == 0]]),
+        "image": 8 + image,
     }
 
 
@@ -63,6 +67,7 @@ def test_layout():
     assert batch["local_photometric"]["factor"][:, 0].tolist() == batch["local_crops"][:, 0, 0, 0].tolist()
     assert batch["mask_indices"].tolist() == [1, 2, 4, 5, 7, 8, 10, 11, 14]
     assert batch["mask_weight"].tolist() == [0.5] * 8 + [1.0]
+    assert batch["first_image"] == 8
     subset = subset_batch(batch, 2)
     assert subset["global_crops"][:, 0, 0, 0].tolist() == [0, 1, 10, 11]
     assert subset["local_photometric"]["factor"][:, 0].tolist() == [20, 21, 30, 31, 40, 41]
@@ -86,6 +91,7 @@ def test_parts_of_a_batch_are_the_batches_of_their_images(size):
     for i, part in enumerate(parts):
         expected = collate_views(samples[i * size : (i + 1) * size])
         assert part.keys() == expected.keys()
+        assert part["first_image"] == expected["first_image"] == 8 + i * size
         for name in ("global_crops", "local_crops", "mask", "mask_indices", "mask_weight"):
             torch.testing.assert_close(part[name], expected[name], rtol=0, atol=0)
         np.testing.assert_array_equal(part["local_photometric"]["factor"], expected["local_photometric"]["factor"])

@@ -91,8 +91,10 @@ def merge(parts):
             return np.concatenate(split, axis=1).reshape(-1, *values[0].shape[1:])
         return torch.cat([value.unflatten(0, (-1, num_images)) for value in values], dim=1).flatten(0, 1)
 
-    names = [name for name in parts[0] if name not in ("mask_indices", "mask_weight")]
-    return {name: join([part[name] for part in parts], len(parts[0]["mask"]) // 2) for name in names}
+    size = len(parts[0]["mask"]) // 2
+    assert [part["first_image"] for part in parts] == list(range(0, len(parts) * size, size))
+    names = [name for name in parts[0] if name not in ("first_image", "mask_indices", "mask_weight")]
+    return {name: join([part[name] for part in parts], size) for name in names}
 
 
 @pytest.mark.invariant

@@ -23,6 +23,7 @@ SIZES = {
     "global_batch_size": 4,
     "per_device_train_batch_size": 2,
     "koleo_group_size": 2,
+    "drop_path_group_size": 2,
     "max_steps": 2,
     "lr_schedule.warmup_steps": 1,
     "teacher_temperature_schedule.warmup_steps": 1,

@@ -37,6 +37,7 @@ def check_collate(case: Case, compare: Comparison) -> None:
                 if count
             },
             "mask": masks[:, image],
+            "image": image,
         }
         for image in range(batch_size)
     ]

@@ -19,10 +19,12 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     - `mask` bool (2B, P)
     - `mask_indices` int64 (M,): masked entries of the flattened mask, ascending
     - `mask_weight` float32 (M,): 1 / number of masked patches in the same crop
+    - `first_image`: place of the first image in the global batch; the others follow it
     - `unreadable`: name and reason of each image that could not be read and was replaced
     """
-    batch: dict[str, Any] = {name: _crop_major([sample[name] for sample in samples]) for name in samples[0]}
-    return batch | _mask_entries(batch["mask"])
+    merged = [name for name in samples[0] if name != "image"]
+    batch: dict[str, Any] = {name: _crop_major([sample[name] for sample in samples]) for name in merged}
+    return batch | {"first_image": samples[0]["image"]} | _mask_entries(batch["mask"])
 
 
 def subset_batch(batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
@@ -41,9 +43,10 @@ def _num_images(batch: dict[str, Any]) -> int:
 
 
 def _part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    rest = {name: values for name, values in batch.items() if name not in ("mask_indices", "mask_weight")}
-    part: dict[str, Any] = _images(rest, _num_images(batch), start, stop)
-    return part | _mask_entries(part["mask"])
+    others = ("first_image", "mask_indices", "mask_weight")
+    rows = {name: values for name, values in batch.items() if name not in others}
+    part: dict[str, Any] = _images(rows, _num_images(batch), start, stop)
+    return part | {"first_image": batch["first_image"] + start} | _mask_entries(part["mask"])
 
 
 def _crop_major(values: list[Any]) -> Any:

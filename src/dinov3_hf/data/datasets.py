@@ -37,6 +37,7 @@ class SSLDataset(Dataset[dict[str, Any]]):
         """Return what `MultiCropViews` returns, and
 
         - `mask`: bool (2, P)
+        - `image`: its place in the global batch, from 0
         - `unreadable`: name and reason of each image that could not be read, usually none
 
         Raises:
@@ -56,7 +57,8 @@ class SSLDataset(Dataset[dict[str, Any]]):
                 index = int(draw.integers(len(source)))
                 content = source.content(index)
             else:
-                return views | {"mask": self.masks(key.position), "unreadable": unreadable}
+                image = key.position % self.masks.batch_size
+                return views | {"mask": self.masks(key.position), "image": image, "unreadable": unreadable}
         name, reason = unreadable[0]
         raise ValueError(
             f"{name} cannot be read ({reason}), nor can {MAX_REPLACEMENTS} images drawn in its place; check the "

@@ -1,7 +1,8 @@
-"""Random numbers of the data layer: one independent generator for each purpose and key.
+"""Random numbers of a run: one independent generator for each purpose and key.
 
 A draw depends on the seed of the run and on what is drawn (which sample, which mask), never on who draws it. Worker
-processes, ranks, gradient accumulation and a restart in the middle therefore leave every view and mask as they were.
+processes, ranks, gradient accumulation and a restart in the middle therefore leave every view, every mask and every
+number of a forward pass as they were.
 """
 
 from enum import IntEnum
@@ -19,6 +20,8 @@ class Stream(IntEnum):
     REPLACEMENTS = 4  # key (position, attempt): which image takes the place of one that cannot be read
     WINDOWS = 5  # key (source, epoch, first image): permutation of a window of a stream
     CROP_SIZES = 6  # key (step): which crop sizes a step has
+    DROP_PATH = 7  # key (step, group): which images of a group of the global batch go through which branch
+    ROPE = 8  # key (step): augmentation of the coordinates
 
 
 def random_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -2,8 +2,8 @@
 
     global_batch_size = micro_batch_size x ranks x accumulation_steps
 
-The global batch belongs to the recipe: schedules, learning-rate scaling, masks and KoLeo groups are functions of it.
-The two other factors belong to the machine and change speed and memory only.
+The global batch belongs to the recipe: schedules, learning-rate scaling, masks, KoLeo groups, stochastic depth and
+RoPE augmentation are functions of it. The two other factors belong to the machine and change speed and memory only.
 """
 
 
@@ -112,6 +112,24 @@ def check_gram_groups(group_size: int | None, micro_batch: int, global_batch_siz
         raise ValueError(
             f"gram_group_size {group_size}{whole} does not divide the {micro_batch} images of one forward pass on one "
             f"rank; use {_nearest_divisors(micro_batch, group_size)}."
+        )
+
+
+def check_drop_path_groups(group_size: int, images: int, where: str = "per_device_train_batch_size") -> None:
+    """Refuses groups of stochastic depth that do not tile the images of one forward pass on one rank.
+
+    Args:
+        group_size: images of which an exact subset goes through a branch.
+        images: of one forward pass on one rank.
+        where: name of the field that says so.
+
+    Raises:
+        ValueError: the groups do not divide the images.
+    """
+    if group_size < 1 or images % group_size:
+        raise ValueError(
+            f"drop_path_group_size {group_size} does not divide the {images} images of one forward pass on one rank "
+            f"({where}); use {_nearest_divisors(images, group_size)}."
         )
 
 

@@ -12,13 +12,14 @@ from dinov3_hf.data.multicrop import MultiCropViews, check_crop_size
 from dinov3_hf.data.photometric import Distortions
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.field_types import fit_mapping
-from dinov3_hf.training.batch_arithmetic import check_koleo_groups, check_part
+from dinov3_hf.training.batch_arithmetic import check_drop_path_groups, check_koleo_groups, check_part
 from dinov3_hf.training.gram_config import EMA, GramConfig
 from dinov3_hf.training.recipe_config import changes_the_result, orchestration, plain
 from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_steps
 
 if TYPE_CHECKING:
     from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+    from dinov3_hf.training.forward_draws import StudentDraws
 
 
 @dataclass
@@ -38,6 +39,14 @@ class SSLConfig(GramConfig):
         metadata=changes_the_result(
             "Mapping: a preset and changes to it ({preset: vits16, drop_path_rate: 0.1}), or fields of the "
             "backbone's config."
+        ),
+    )
+    drop_path_group_size: int = field(
+        default=8,
+        metadata=changes_the_result(
+            "Images of which the backbone's drop_path_rate leaves out an exact share: consecutive groups of the "
+            "global batch, all crops of a kind together. A published per-GPU batch becomes a group size. A ConvNeXt, "
+            "which draws for each image, does not read it."
         ),
     )
     dino_head: dict[str, Any] = field(
@@ -264,6 +273,7 @@ class SSLConfig(GramConfig):
             self.gradient_accumulation_steps,
         )
         self._check_crop_sizes(backbone_config)
+        self._check_drop_path(backbone_config)
 
     def _choose_evaluation(self) -> None:
         if self.eval_data == "auto":
@@ -327,6 +337,17 @@ class SSLConfig(GramConfig):
                     f"{name} has {num_values} values, but the backbone's num_channels is {num_channels}; give one "
                     "value for each channel."
                 )
+
+    def _check_drop_path(self, backbone: PreTrainedConfig) -> None:
+        from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
+
+        if not isinstance(backbone, DINOv3ViTConfig) or backbone.drop_path_rate == 0:
+            return
+        check_drop_path_groups(self.drop_path_group_size, self.train_batch_size)
+        for i, sizes in enumerate(self.crop_size_mix().sizes):
+            if sizes.per_device_train_batch_size is not None:
+                name = f"crop_sizes.{i}.per_device_train_batch_size"
+                check_drop_path_groups(self.drop_path_group_size, sizes.per_device_train_batch_size, name)
 
     def _check_crop_sizes(self, backbone: PreTrainedConfig) -> None:
         from dinov3_hf.models.dinov3_pretraining.backbones import WITHOUT_MASK_TOKEN, patch_side
@@ -442,6 +463,13 @@ class SSLConfig(GramConfig):
         else:
             sizes = parse_crop_sizes("crop_sizes", self.crop_sizes)
         return CropSizeMix(sizes, self.seed)
+
+    def student_draws(self) -> "StudentDraws":
+        """What draws the random numbers of the student's forward passes."""
+        from dinov3_hf.training.forward_draws import StudentDraws
+
+        num_crops = (2, self.num_local_crops) if self.num_local_crops else (2,)
+        return StudentDraws(self.backbone_config(), num_crops, self.drop_path_group_size, self.seed)
 
     def views(self, sizes: CropSizes) -> MultiCropViews:
         """What the data workers cut from each image in a step with crops of `sizes`."""

@@ -126,6 +126,7 @@ class SSLTrainer(Trainer):
         batch_size = args.global_batch_size
         self.sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, seed=args.seed)
         self.schedules = args.schedules()
+        self.student_draws = args.student_draws()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
         self.guard = NonFiniteGuard()
         self.unreadable_images = UnreadableImages(
@@ -319,6 +320,8 @@ class SSLTrainer(Trainer):
         values = self.schedules.at(self.state.global_step)
         gram_weight = values.get("gram_weight", 0.0)
         has_gram_crops = gram_weight > 0 and "gram_crops" in inputs
+        first_image, num_images = inputs["first_image"], len(inputs["mask"]) // 2
+        images = range(first_image, first_image + num_images)  # of the global batch
         output = model(
             global_crops=self.photometric(inputs["global_crops"], inputs["global_photometric"]),
             local_crops=self.photometric(inputs["local_crops"], inputs["local_photometric"]),
@@ -328,6 +331,7 @@ class SSLTrainer(Trainer):
             teacher_temperature=values["teacher_temperature"],
             local_loss_weight=values["local_loss_weight"],
             target=inputs.get("target"),
+            draws=self.student_draws.at(self.state.global_step, images, self.args.device),
             gram_crops=self.photometric(inputs["gram_crops"]) if has_gram_crops else None,  # clean: normalised only
             gram_weight=gram_weight,
         )

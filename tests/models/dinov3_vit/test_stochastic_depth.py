@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinov3_hf.models.dinov3_vit import modeling_dinov3_vit
-from dinov3_hf.models.dinov3_vit.layers import DINOv3ViTLayer, unpack
+from dinov3_hf.models.dinov3_vit.layers import DINOv3ViTLayer, ForwardDraws, unpack
 from tests.models.dinov3_vit.tiny import images, tiny_model
 
 QUIET = {"pos_embed_rescale": None}
@@ -41,7 +41,7 @@ def branch(model, layer: DINOv3ViTLayer, name: str, states, order, pixels) -> to
     """One branch by the definition, computed for all images."""
     num_images = len(states)
     kept = order[: max(int(num_images * 0.6), 1)]
-    rotations = model._rotations([model.patch_grid(pixels)], states.device)[0]
+    rotations = model._rotations([model.patch_grid(pixels)], ForwardDraws(), states.device)[0]
     if name == "attention":
         groups = [modeling_dinov3_vit.CropGroup(*states.shape[:2])]
         output = layer.attention(layer.norm1(states.flatten(0, 1)), groups, rotations)[0]

@@ -49,21 +49,23 @@ class DINOv3ConvNextLayer(GradientCheckpointingLayer):
         self.gamma = nn.Parameter(torch.empty(channels)) if has_layer_scale else None
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, D, h, w)."""
+    def forward(self, features: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, D, h, w) -> (B, D, h, w); `draws` (B,) uniform in [0, 1) decide which images the branch skips."""
         branch = self.depthwise_conv(features).permute(0, 2, 3, 1)  # (B, h, w, D)
         branch = self.pointwise_conv1(self.layer_norm(branch))  # (B, h, w, 4D)
         branch = self.pointwise_conv2(self.activation_fn(branch))  # (B, h, w, D)
         if self.gamma is not None:
             branch = branch * self.gamma
         if self.training and self.drop_path_rate > 0:
-            branch = branch * self._draw_scale(branch)
+            branch = branch * self._drop_path_scale(branch, draws)
         return features + branch.permute(0, 3, 1, 2)
 
-    def _draw_scale(self, branch: Tensor) -> Tensor:
+    def _drop_path_scale(self, branch: Tensor, draws: Tensor | None) -> Tensor:
         """Stochastic depth: per image 0 with probability p, else 1 / (1 - p), as (B, 1, 1, 1)."""
-        draws = torch.rand(len(branch), 1, 1, 1, device=branch.device)
-        return ((draws >= self.drop_path_rate) / (1 - self.drop_path_rate)).to(branch.dtype)
+        if draws is None:
+            draws = torch.rand(len(branch), device=branch.device)
+        scale = (draws >= self.drop_path_rate) / (1 - self.drop_path_rate)  # (B,)
+        return scale.to(branch.dtype)[:, None, None, None]
 
 
 class DINOv3ConvNextStage(nn.Module):
@@ -86,12 +88,12 @@ class DINOv3ConvNextStage(nn.Module):
             [DINOv3ConvNextLayer(config, width, (first + i) * ramp) for i in range(config.depths[index])]
         )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, D', h', w') -> (B, D, h, w)."""
+    def forward(self, features: Tensor, draws: Sequence[Tensor | None]) -> Tensor:
+        """(B, D', h', w') -> (B, D, h, w); one of `draws` for each block."""
         for layer in self.downsample_layers:
             features = layer(features)
-        for layer in self.layers:
-            features = layer(features)
+        for layer, drawn in zip(self.layers, draws, strict=True):
+            features = layer(features, drawn)
         return features
 
 
@@ -180,13 +182,14 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
         convolution.in_channels = num_channels
         self.config.num_channels = num_channels
 
-    def encode(self, pixel_values: Tensor, collect: Collection[int]) -> dict[int, Tensor]:
+    def encode(self, pixel_values: Tensor, collect: Collection[int], draws: Tensor | None = None) -> dict[int, Tensor]:
         """
         Feature maps of the stages in `collect`, stage index -> (B, D, h, w); later stages are not computed.
 
         Args:
             pixel_values: (B, C, H, W).
             collect: At least one stage index.
+            draws: (blocks of all stages, B) uniform in [0, 1), what training mode would draw.
         """
         channels, stride = self.config.num_channels, self.config.stride
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
@@ -199,9 +202,11 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
                 f"images of {tuple(pixel_values.shape[-2:])} pixels are smaller than the stride of {stride} pixels."
             )
         features = pixel_values.to(self.get_input_embeddings().weight.dtype)
+        by_block = [None] * sum(self.config.depths) if draws is None else draws.unbind()
         collected: dict[int, Tensor] = {}
         for index, stage in enumerate(self.stages[: max(collect) + 1]):
-            features = stage(features)
+            first = sum(self.config.depths[:index])
+            features = stage(features, by_block[first : first + self.config.depths[index]])
             if index in collect:
                 collected[index] = features
         return collected
@@ -251,6 +256,7 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
         bool_masked_pos: Tensor | list[Tensor | None] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        draws: Sequence[Tensor] | None = None,
     ) -> Any:
         """
         Args:
@@ -263,6 +269,9 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
                 Also return the images and the feature map of every stage.
             return_dict (`bool`, *optional*):
                 Whether to return outputs with names, or tuples.
+            draws (sequence of `torch.Tensor` of shape `(blocks of all stages, B)`, *optional*):
+                For each crop group the random numbers of stochastic depth, uniform in [0, 1); by default they come
+                from torch's generator. Not read in eval mode.
 
         Returns:
             [`BaseModelOutputWithPoolingAndNoAttention`], or a list with one for each crop group: `last_hidden_state`
@@ -275,8 +284,9 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
         last = config.num_stages - 1
         outputs = []
         is_crop_list = isinstance(pixel_values, (list, tuple))
-        for pixels in pixel_values if is_crop_list else [pixel_values]:
-            collected = self.encode(pixels, range(last + 1) if output_hidden_states else (last,))
+        crops = pixel_values if is_crop_list else [pixel_values]
+        for pixels, drawn in zip(crops, draws or [None] * len(crops), strict=True):
+            collected = self.encode(pixels, range(last + 1) if output_hidden_states else (last,), drawn)
             tokens = self.layer_norm(_tokens(collected[last], collected[last]))  # (B, 1 + P, D)
             output = BaseModelOutputWithPoolingAndNoAttention(
                 last_hidden_state=tokens,

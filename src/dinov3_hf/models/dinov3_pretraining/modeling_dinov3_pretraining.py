@@ -177,6 +177,7 @@ class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
         gram_crops: Tensor | None = None,
         gram_weight: float = 0.0,
         target: TeacherTargets | None = None,
+        draws: Any = None,
     ) -> DINOv3PreTrainingOutput:
         """
         L = w_dino (s_l w_l L_DINO,local + s_g L_DINO,global) + w_ibot L_iBOT + G w_koleo L_DKoleo + w_gram L_Gram,
@@ -198,6 +199,7 @@ class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
             gram_weight: w_gram, the same in every process; at 0 the term is not computed.
             target: the teacher's answer when it is known already (gradient accumulation balances it over all
                 micro-batches of a step); by default the teacher is run on `global_crops`.
+            draws: random numbers of the student's backbone, as its `forward` takes them; by default it draws its own.
 
         Raises:
             ValueError: no mask for a term that needs it, or `gram_weight` without a Gram teacher.
@@ -205,7 +207,7 @@ class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
         self._check_step(mask, gram_weight)
         if target is None:
             target = self.teacher_targets(self.teacher_logits(global_crops, mask_indices), teacher_temperature)
-        student = self.student_predictions(global_crops, local_crops, mask, mask_indices)
+        student = self.student_predictions(global_crops, local_crops, mask, mask_indices, draws)
 
         config = self.config
         temperature = config.student_temperature
@@ -311,13 +313,18 @@ class DINOv3ForPreTraining(RemoteCodeMixin, PreTrainedModel):
         ]
 
     def student_predictions(
-        self, global_crops: Tensor, local_crops: Tensor, mask: Tensor | None, mask_indices: Tensor | None
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        mask: Tensor | None,
+        mask_indices: Tensor | None,
+        draws: Any = None,
     ) -> StudentPredictions:
         """The student on masked global crops and on local crops, in one packed forward."""
         crops, masks = [global_crops], [mask]
         if len(local_crops) > 0:
             crops, masks = [global_crops, local_crops], [mask, None]
-        tokens = self.student.backbone(crops, bool_masked_pos=masks)
+        tokens = self.student.backbone(crops, bool_masked_pos=masks, draws=draws)
 
         cls = torch.cat([group.pooler_output for group in tokens])  # ((G+n)*B, D)
         logits = self.student.dino_head(cls)  # ((G+n)*B, K)

@@ -1,9 +1,9 @@
 """The layers of the DINOv3 vision transformer, on packed tokens.
 
 Legend: B images of a crop group, C channels, H x W pixels, h x w patch grid, P = h * w patches, R register tokens,
-N = 1 + R + P tokens of an image, D width, A heads, d = D / A head width, T tokens of all images of all crop groups,
-K <= T tokens that go through a branch. Crops of different sizes are packed into one (T, D) matrix: token-wise layers
-see that matrix, attention runs per group.
+N = 1 + R + P tokens of an image, D width, A heads, d = D / A head width, L blocks, T tokens of all images of all crop
+groups, K <= T tokens that go through a branch. Crops of different sizes are packed into one (T, D) matrix: token-wise
+layers see that matrix, attention runs per group.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
-from dinov3_hf.models.dinov3_vit.rope import rotate
+from dinov3_hf.models.dinov3_vit.rope import RopeDraws, rotate
 
 Rotation = tuple[Tensor, Tensor]  # cosine and signed sine of one crop group in one block, each (N, 1, 1, d)
 
@@ -39,6 +39,20 @@ class KeptImages(NamedTuple):
     rows: Tensor  # (K,) int64, their rows in the packed matrix
     scale: Tensor  # (K, 1), images / kept images of the row's group
     groups: tuple[CropGroup, ...]
+
+
+class ForwardDraws(NamedTuple):
+    """The random numbers of a forward in training mode; `None` where nothing is drawn."""
+
+    kept_images: tuple[Tensor, ...] | None = (
+        None  # for each group (L, 2, kept) int64: of attention and FFN, each block
+    )
+    rope: tuple[RopeDraws, ...] | None = None  # one for each group
+
+
+def num_kept(num_images: int, drop_path_rate: float) -> int:
+    """How many of `num_images` images go through a branch."""
+    return max(int(num_images * (1 - drop_path_rate)), 1)
 
 
 def unpack(packed: Tensor, groups: Sequence[CropGroup]) -> list[Tensor]:

@@ -34,12 +34,20 @@ from dinov3_hf.models.dinov3_vit.layers import (
     DINOv3ViTLayer,
     DINOv3ViTLayerScale,
     DINOv3ViTRMSNorm,
+    ForwardDraws,
     KeptImages,
     Rotation,
     build_norm,
+    num_kept,
     unpack,
 )
-from dinov3_hf.models.dinov3_vit.rope import RopeDraws, RopeParameters, rotation_tables
+from dinov3_hf.models.dinov3_vit.rope import (
+    RopeDraws,
+    RopeParameters,
+    draw_bounds,
+    num_drawn_tables,
+    rotation_tables,
+)
 from dinov3_hf.models.publishing import PublishingMixin
 from dinov3_hf.models.remote_code import RemoteCodeMixin
 
@@ -48,8 +56,8 @@ logger = logging.get_logger(__name__)
 EXTRAS_NAME = "extras.safetensors"  # tensors that act in training only; the class of transformers does not know them
 EXTRAS_PREFIX = "local_cls_norm."
 
-# Every random number of a forward comes from these two functions, before the first block runs: recomputing a block for
-# its gradient therefore repeats it exactly.
+# Every random number of a forward is given to it, or comes from these two functions, before the first block runs:
+# recomputing a block for its gradient therefore repeats it exactly.
 
 
 def draw_uniform(low: float, high: float, count: int, device: torch.device) -> Tensor:
@@ -199,6 +207,7 @@ class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
         collect: Collection[int] = (),
         output_attentions: bool = False,
         num_blocks: int | None = None,
+        draws: ForwardDraws | None = None,
     ) -> EncodedCrops:
         """
         Embeddings and the first `num_blocks` blocks (default all) of several crop groups together.
@@ -208,6 +217,7 @@ class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
             masks: One bool (B, P) or `None` for each group; `True` is replaced by the mask token.
             collect: Block indices whose output to keep, -1 for the embeddings.
             output_attentions: Whether to keep attention probabilities.
+            draws: What training mode would draw.
         """
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once("output_attentions needs attention written out: this call uses it in every block.")
@@ -216,8 +226,12 @@ class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
         packed = [group.flatten(0, 1) for group in tokens]  # G x (B * N, D)
         hidden_states = packed[0] if len(packed) == 1 else torch.cat(packed)  # (T, D)
 
-        rotations = self._rotations([self.patch_grid(pixels) for pixels in crops], hidden_states.device)
-        kept = self._kept_images(groups, hidden_states.device)
+        if not self.training:
+            draws = ForwardDraws()
+        elif draws is None:
+            draws = self._draw(groups, hidden_states.device)
+        rotations = self._rotations([self.patch_grid(pixels) for pixels in crops], draws, hidden_states.device)
+        kept = self._kept_images(groups, draws, hidden_states.device)
         encoded = EncodedCrops(hidden_states, groups)
         if -1 in collect:
             encoded.collected[-1] = hidden_states
@@ -279,56 +293,57 @@ class DINOv3ViTEncoder(DINOv3ViTPreTrainedModel):
             )
         return self.embeddings(pixel_values, mask)
 
-    def _rotations(self, grids: Sequence[tuple[int, int]], device: torch.device) -> list[list[Rotation]]:
+    def _rotations(
+        self, grids: Sequence[tuple[int, int]], draws: ForwardDraws, device: torch.device
+    ) -> list[list[Rotation]]:
         """RoPE tables, [block][group]."""
         num_blocks = self.config.num_hidden_layers
         tables = [
-            rotation_tables(self.rope_parameters, grid, self.config.num_prefix_tokens, draws, device)
-            for grid, draws in zip(grids, self._draw_rope(len(grids), device), strict=True)
+            rotation_tables(self.rope_parameters, grid, self.config.num_prefix_tokens, drawn, device)
+            for grid, drawn in zip(grids, draws.rope or [None] * len(grids), strict=True)
         ]  # G x 2 x (M, N, 1, 1, d)
         return [[(cos[block % len(cos)], sin[block % len(sin)]) for cos, sin in tables] for block in range(num_blocks)]
 
-    def _draw_rope(self, num_groups: int, device: torch.device) -> list[RopeDraws | None]:
-        config = self.config
-        options = {
-            "shift": config.pos_embed_shift,
-            "jitter": config.pos_embed_jitter,
-            "rescale": config.pos_embed_rescale,
-        }
-        bounds = {
-            name: value if name == "shift" else math.log(value) for name, value in options.items() if value is not None
-        }
-        if not self.training or not bounds:
-            return [None] * num_groups
-        num_tables = config.num_hidden_layers if config.rope_augmentation_per_block else 1
-        draws: list[dict[str, list[Tensor]]] = [{name: [] for name in bounds} for _ in range(num_groups)]
-        for _ in range(num_tables):
-            for group in draws:
-                for name, bound in bounds.items():
-                    group[name].append(draw_uniform(-bound, bound, 1 if name == "rescale" else 2, device))
-        return [RopeDraws(**{name: torch.stack(values) for name, values in group.items()}) for group in draws]
-
     def _kept_images(
-        self, groups: Sequence[CropGroup], device: torch.device
+        self, groups: Sequence[CropGroup], draws: ForwardDraws, device: torch.device
     ) -> list[tuple[KeptImages, KeptImages] | None]:
-        """Stochastic depth, [block] (attention, FFN)."""
-        num_blocks = self.config.num_hidden_layers
-        if not self.training or self.config.drop_path_rate == 0:
-            return [None] * num_blocks
-        return [(self._keep(groups, device), self._keep(groups, device)) for _ in range(num_blocks)]
-
-    def _keep(self, groups: Sequence[CropGroup], device: torch.device) -> KeptImages:
-        """An exact subset of each group's images; what it adds is scaled by images / kept images."""
+        """Stochastic depth, [block] (attention, FFN): a branch adds images / kept images times what it computes."""
+        if draws.kept_images is None:
+            return [None] * self.config.num_hidden_layers
         rows, scales, kept_groups, start = [], [], [], 0
-        for group in groups:
-            count = max(int(group.num_images * (1 - self.config.drop_path_rate)), 1)
-            images = draw_permutation(group.num_images, device)[:count, None]  # (kept, 1)
+        for group, images in zip(groups, draws.kept_images, strict=True):
+            count = images.shape[-1]
             tokens = torch.arange(group.num_tokens, device=device)  # (N,)
-            rows.append((start + images * group.num_tokens + tokens).flatten())  # (kept * N,)
+            rows.append((start + images[..., None] * group.num_tokens + tokens).flatten(2))  # (L, 2, kept * N)
             kept_groups.append(CropGroup(count, group.num_tokens))
             scales.append(torch.full((kept_groups[-1].num_rows, 1), group.num_images / count, device=device))
             start += group.num_rows
-        return KeptImages(torch.cat(rows), torch.cat(scales), tuple(kept_groups))
+        scale, parts = torch.cat(scales), tuple(kept_groups)  # (K, 1)
+        return [
+            (KeptImages(attention, scale, parts), KeptImages(mlp, scale, parts))
+            for attention, mlp in (block.unbind() for block in torch.cat(rows, dim=2).unbind())
+        ]
+
+    def _draw(self, groups: Sequence[CropGroup], device: torch.device) -> ForwardDraws:
+        """Numbers of this forward's own: an exact subset of each group for each branch, and RoPE augmentation."""
+        config = self.config
+        bounds = draw_bounds(config)
+        rope: list[dict[str, list[Tensor]]] = [{name: [] for name in bounds} for _ in groups]
+        for _ in range(num_drawn_tables(config)):
+            for group_draws in rope:
+                for name, (bound, count) in bounds.items():
+                    group_draws[name].append(draw_uniform(-bound, bound, count, device))
+        orders: list[list[Tensor]] = [[] for _ in groups]  # [group][2 * block + branch]
+        for _ in range(2 * config.num_hidden_layers if config.drop_path_rate > 0 else 0):
+            for group, group_orders in zip(groups, orders, strict=True):
+                count = num_kept(group.num_images, config.drop_path_rate)
+                group_orders.append(draw_permutation(group.num_images, device)[:count])
+        return ForwardDraws(
+            tuple(torch.stack(order).unflatten(0, (-1, 2)) for order in orders) if config.drop_path_rate > 0 else None,
+            tuple(RopeDraws(**{name: torch.stack(drawn) for name, drawn in group.items()}) for group in rope)
+            if bounds
+            else None,
+        )
 
 
 def _our_config(config: Any) -> DINOv3ViTConfig:
@@ -359,6 +374,7 @@ class DINOv3ViTModel(DINOv3ViTEncoder):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        draws: ForwardDraws | None = None,
     ) -> Any:
         """
         Args:
@@ -372,6 +388,9 @@ class DINOv3ViTModel(DINOv3ViTEncoder):
                 Also return the embeddings and the output of every block, before the final norm.
             return_dict (`bool`, *optional*):
                 Whether to return outputs with names, or tuples.
+            draws (`ForwardDraws`, *optional*):
+                The random numbers of training mode, on the device of the images; by default they come from torch's
+                generator. Not read in eval mode.
 
         Returns:
             [`BaseModelOutputWithPooling`], or a list with one for each crop group: `last_hidden_state` (B, N, D) =
@@ -388,7 +407,8 @@ class DINOv3ViTModel(DINOv3ViTEncoder):
         return_dict = config.return_dict if return_dict is None else return_dict
 
         num_blocks = config.num_hidden_layers
-        encoded = self.encode(crops, masks, range(-1, num_blocks) if output_hidden_states else (), output_attentions)
+        collect = range(-1, num_blocks) if output_hidden_states else ()
+        encoded = self.encode(crops, masks, collect, output_attentions, draws=draws)
         hidden_states = [unpack(encoded.collected[index], encoded.groups) for index in sorted(encoded.collected)]
         outputs = []
         for index, tokens in enumerate(self.final_norm(encoded.hidden_states, encoded.groups, is_crop_list)):

@@ -52,6 +52,22 @@ class RopeDraws(NamedTuple):
     rescale: Tensor | None = None  # (M, 1) float32, logarithm of the factor of both axes
 
 
+def draw_bounds(config: DINOv3ViTConfig) -> dict[str, tuple[float, int]]:
+    """For each field of `RopeDraws` that the configuration asks for: b of its interval [-b, b], numbers a table."""
+    shift, jitter, rescale = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
+    bounds = {
+        "shift": None if shift is None else (shift, 2),
+        "jitter": None if jitter is None else (math.log(jitter), 2),
+        "rescale": None if rescale is None else (math.log(rescale), 1),
+    }
+    return {name: bound for name, bound in bounds.items() if bound is not None}
+
+
+def num_drawn_tables(config: DINOv3ViTConfig) -> int:
+    """M, the tables of a crop group under augmentation."""
+    return config.num_hidden_layers if config.rope_augmentation_per_block else 1
+
+
 def rope_periods(parameters: RopeParameters, device: torch.device | None = None) -> Tensor:
     """Periods in the RoPE dtype, (d/4,): `theta^(2k / (d/2))`, or geometric from the minimal to the maximal period.
 
