@@ -2,7 +2,7 @@
 
 Reads one JSON line a request, and answers with one line:
 
-    {"arguments": [...], "log": file, "file_size": bytes or null}   pid of the run
+    {"arguments": [...], "log": file, "file_size": bytes or null, "environment": {...}}   pid of the run
     {"wait": pid}                                                   its exit status, negative for a signal
     {"command": [...]}                                              exit status of another program
 """
@@ -50,7 +50,10 @@ def load(path: Path):
     return module
 
 
-def run_in_child(pretrain, arguments: list[str], log: str, file_size: int | None = None) -> None:
+def run_in_child(
+    pretrain, arguments: list[str], log: str, file_size: int | None = None, environment: dict[str, str] | None = None
+) -> None:
+    os.environ.update(environment or {})
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -1,0 +1,149 @@
+"""Runs of the real script that are told to end at any moment, save themselves, and go on when queued again."""
+
+import os
+import random
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.test_crashes import STEPS, Runner, assert_same_end, complete, duration, hidden, losses
+
+PREEMPTED = 75
+SAID = re.compile(
+    r"Told to end: saved at step (\d) of 8\. The same command with --resume_from_checkpoint auto goes on\."
+)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    runner = Runner(tmp_path_factory.mktemp("runner"))
+    yield runner
+    runner.close()
+
+
+class Ranks:
+    """The processes of one run, one or several, with the status of each."""
+
+    def __init__(self, runner: Runner, run: Path, num_ranks: int, *arguments: str):
+        self.runner = runner
+        words = [str(runner.recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto", *arguments]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.logs, self.pids = [], []
+        for rank in range(num_ranks):
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+            rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in places.items()} | rendezvous
+            log = runner.log.with_name(f"log-{rank}")
+            self.logs.append(log)
+            self.pids.append(
+                runner.ask(arguments=words, log=str(log), environment=environment if num_ranks > 1 else {})
+            )
+
+    def wait_for_handlers(self) -> None:
+        """Until every process takes note of signals: before, they end it as they end any program."""
+        for pid in self.pids:
+            deadline = time.monotonic() + 60
+            while not catches(pid, signal.SIGTERM):
+                assert time.monotonic() < deadline, self.said()
+                time.sleep(0.001)
+
+    def wait(self) -> list[int]:
+        return [self.runner.wait(pid) for pid in self.pids]
+
+    def said(self) -> str:
+        return "".join(log.read_text() for log in self.logs)
+
+
+def catches(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+    is_gone = "State:\tZ" in status
+    return is_gone or (caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1))
+
+
+def tell_at_random(runner: Runner, whole: Path, run: Path, num_ranks: int, rng: random.Random, *words: str) -> int:
+    """Tell a run to end, and the one that goes on from it, until one has come to its end; how many were told."""
+    num_told = 0
+    while True:
+        before = complete(run)
+        ranks = Ranks(runner, run, num_ranks, *words)
+        ranks.wait_for_handlers()
+        time.sleep(rng.uniform(0, duration(whole)))
+        os.kill(rng.choice(ranks.pids), rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+        statuses = ranks.wait()
+        after = complete(run)
+        if statuses == [PREEMPTED] * num_ranks:
+            num_told += 1
+            said = SAID.findall(ranks.said())
+            assert len(said) == 1, ranks.said()
+            assert after[-1] == int(said[0]) > (before[-1] if before else 0)
+            assert losses(run / f"checkpoint-{said[0]}" / "trainer_state.json") == losses_until(whole, int(said[0]))
+            assert "Traceback" not in ranks.said() and hidden(run) == []
+            continue
+        assert after[-1] == STEPS and PREEMPTED not in statuses, ranks.said()
+        if any(statuses):  # the signal came behind the last step, while the teacher was written
+            assert Ranks(runner, run, num_ranks, *words).wait() == [0] * num_ranks
+        return num_told
+
+
+def losses_until(whole: Path, step: int) -> list[dict[str, float]]:
+    return [entry for entry in losses(whole / "trainer_state.json") if entry["step"] <= step]
+
+
+def repeat(runner: Runner, tmp_path: Path, num_ranks: int, times: int, seed: int, *words: str) -> int:
+    whole = tmp_path / "whole"
+    ranks = Ranks(runner, whole, num_ranks, *words)
+    assert set(ranks.wait()) == {0}, ranks.said()
+    rng = random.Random(seed)
+    num_told = 0
+    for i in range(times):
+        run = tmp_path / f"run-{i}"
+        num_told += tell_at_random(runner, whole, run, num_ranks, rng, *words)
+        assert_same_end(run, whole)
+    return num_told
+
+
+# Two processes have 4 images each, less than a group of stochastic depth.
+TWO = ("--backbone.drop_path_rate", "0")
+
+
+def test_one_process_is_told(runner, tmp_path):
+    assert repeat(runner, tmp_path, 1, 1, 0) >= 1
+
+
+def test_one_of_two_processes_is_told(runner, tmp_path):
+    assert repeat(runner, tmp_path, 2, 1, 1, *TWO) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_twenty_times(runner, tmp_path, num_ranks):
+    seed = int(os.environ.get("DINOV3_HF_TEST_SEED", "2"))
+    assert repeat(runner, tmp_path, num_ranks, 20, seed, *(TWO if num_ranks == 2 else ())) >= 20
+
+
+def test_data_workers_are_told_too(runner, tmp_path):
+    """Schedulers signal every process of a job; with the workers gone the step could not be finished."""
+    words = ("--dataloader_num_workers", "2")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert Ranks(runner, whole, 1, *words).wait() == [0]
+    ranks = Ranks(runner, run, 1, *words)
+    deadline = time.monotonic() + 60
+    while not complete(run):
+        assert time.monotonic() < deadline, ranks.said()
+        time.sleep(0.001)
+    (pid,) = ranks.pids
+    workers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    for process in (*workers, pid):
+        os.kill(process, signal.SIGTERM)
+    assert ranks.wait() == [PREEMPTED], ranks.said()
+    assert len(SAID.findall(ranks.said())) == 1
+    assert Ranks(runner, run, 1, *words).wait() == [0]
+    assert_same_end(run, whole)
