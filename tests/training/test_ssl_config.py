@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import TrainingArguments
 
+from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.models.dinov3_pretraining.backbones import own_annotations
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
@@ -187,11 +189,57 @@ def test_a_machine_without_a_gpu_needs_no_flag(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_gradient_checkpointing_warns_on_no_version(tmp_path):
-    options = {"use_reentrant": False}
-    config = tiny(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
-    assert (config.gradient_checkpointing, config.gradient_checkpointing_kwargs) == (True, options)
-    assert tiny(tmp_path).gradient_checkpointing is False
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [(True, "full"), (False, "none"), ("full", "full"), ("selective", "selective"), ("none", "none")],
+)
+def test_gradient_checkpointing_is_a_mode_that_the_trainer_does_not_see(tmp_path, given, mode):
+    config = tiny(tmp_path, gradient_checkpointing=given)
+    assert config.gradient_checkpointing == mode
+    assert not config.gradient_checkpointing  # transformers 5.8
+    if HAS_ACTIVATION_CHECKPOINTING:
+        assert not config.activation_checkpointing
+    assert config.recipe()["gradient_checkpointing"] == given
+    assert tiny(tmp_path).gradient_checkpointing == "none"
+
+
+def test_neither_the_recipe_nor_the_launcher_lets_the_trainer_compile(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    config = tiny(tmp_path, torch_compile=True)
+    assert config.torch_compile
+    plugin = TorchDynamoPlugin(backend=config.torch_compile_backend, mode=config.torch_compile_mode)
+    assert plugin.backend == DynamoBackend.NO
+
+
+@pytest.mark.parametrize("name", ["torch_compile_mode", "torch_compile_backend", "gradient_checkpointing_kwargs"])
+def test_settings_of_what_the_trainer_does_not_do_are_refused(tmp_path, name):
+    with pytest.raises(ArgumentError, match=f"{name} is not read by this trainer; set "):
+        tiny(tmp_path, **{name: {} if name.endswith("kwargs") else "default"})
+
+
+@pytest.mark.parametrize("capability", [None, (8, 6), (8, 9), (9, 0)])
+def test_fp8_is_refused_where_there_is_none(tmp_path, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an A40")
+    monkeypatch.setattr(precision, "find_spec", lambda name: name == "torchao")
+    if capability is None:
+        with pytest.raises(
+            ValueError, match=r"fp8 needs a GPU .* 8\.9 or more, and this run has none; set fp8: false"
+        ):
+            tiny(tmp_path, fp8=True, precision="bf16")
+    elif capability < (8, 9):
+        with pytest.raises(ValueError, match=r"8\.9 or more, and an A40 has 8\.6; set fp8: false"):
+            precision.check_fp8(True, use_cpu=False)
+    else:
+        precision.check_fp8(True, use_cpu=False)
+        with pytest.raises(ValueError, match="this run has none"):
+            precision.check_fp8(True, use_cpu=True)
+        with pytest.raises(ValueError, match="precision is fp32; set precision: bf16"):
+            precision.check_fp8(False, use_cpu=False)
+        monkeypatch.setattr(precision, "find_spec", lambda name: None)
+        with pytest.raises(ArgumentError, match=r"torchao, which is not installed; pip install 'dinov3-hf\[fp8\]'"):
+            precision.check_fp8(True, use_cpu=False)
 
 
 # --- the learning rate -----------------------------------------------------------------------------------------------

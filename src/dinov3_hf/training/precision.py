@@ -1,10 +1,15 @@
-"""Which arithmetic a training step uses."""
+"""Which arithmetic a training step uses, and what of it is done twice."""
 
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
+from dinov3_hf.errors import ArgumentError
+
 Precision = Literal["auto", "bf16", "fp32"]
+Recomputation = Literal["none", "selective", "full"]
+MIN_FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply float8 matrices
 
 # Narrowest backbone whose training step is faster under bf16 autocast on a CPU with AVX512-bf16. Measured on 2 cores
 # of an AMD EPYC (4 blocks; forward, backward, AdamW), float32 time / bf16 time for 64 images of 64 px, and for 8 of
@@ -43,3 +48,31 @@ def resolve_precision(precision: Precision, hidden_size: int, *, use_cpu: bool) 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-bf16)."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def check_fp8(bf16: bool, *, use_cpu: bool) -> None:
+    """Refuse float8 products where they cannot be had.
+
+    Args:
+        bf16: whether the step is under bfloat16 autocast, which the layers around the products need.
+        use_cpu: do not look for an accelerator.
+
+    Raises:
+        ValueError: there is no GPU with float8 products, or the precision is fp32.
+        ArgumentError: torchao is not installed.
+    """
+    least = ".".join(map(str, MIN_FP8_CAPABILITY))
+    if use_cpu or not torch.cuda.is_available():
+        raise ValueError(
+            f"fp8 needs a GPU of compute capability {least} or more, and this run has none; set fp8: false."
+        )
+    if torch.cuda.get_device_capability() < MIN_FP8_CAPABILITY:
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        raise ValueError(
+            f"fp8 needs a GPU of compute capability {least} or more, and {torch.cuda.get_device_name()} has "
+            f"{capability}; set fp8: false."
+        )
+    if not bf16:
+        raise ValueError("fp8 goes with bfloat16 around it, and precision is fp32; set precision: bf16.")
+    if find_spec("torchao") is None:
+        raise ArgumentError("fp8 needs torchao, which is not installed; pip install 'dinov3-hf[fp8]'.")

@@ -14,11 +14,11 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING
+from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING, UnseenByTrainer
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.hub.model_card import license_fields
 from dinov3_hf.training.batch_arithmetic import micro_batch_size
-from dinov3_hf.training.precision import Precision, resolve_precision
+from dinov3_hf.training.precision import Precision, Recomputation, check_fp8, resolve_precision
 from dinov3_hf.training.schedules import LRScaling, Schedule, lr_scale_factor
 from dinov3_hf.yaml_text import dump_yaml
 
@@ -72,7 +72,10 @@ UNUSED_FIELDS = {
     "bf16_full_eval": "set precision: auto, bf16 or fp32",
     "fp16_full_eval": "set precision: auto, bf16 or fp32",
     "activation_checkpointing": "set gradient_checkpointing",
-    "activation_checkpointing_kwargs": "set gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs": "set gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "set gradient_checkpointing: none, selective or full",
+    "torch_compile_backend": "set torch_compile",
+    "torch_compile_mode": "set torch_compile",
     "train_sampling_strategy": "the order of the images is a function of seed",
     "length_column_name": "the order of the images is a function of seed",
     "data_seed": "the order of the images is a function of seed",
@@ -101,7 +104,7 @@ class RecipeConfig(TrainingArguments):
     Inherited defaults that are changed: `learning_rate=None` (shorthand for the peak of `lr_schedule`),
     `max_steps=125000`, `max_grad_norm=3.0` (for each sub-module separately), `output_dir="runs/train"`,
     `logging_steps=10`, `logging_nan_inf_filter=False`, `report_to` (TensorBoard where it is installed),
-    `hub_strategy="end"`, `per_device_train_batch_size=None` (all of a rank's share), `gradient_checkpointing=False`
+    `hub_strategy="end"`, `per_device_train_batch_size=None` (all of a rank's share), `gradient_checkpointing="none"`
     (transformers 5.23 calls it `activation_checkpointing`), `dataloader_drop_last=True`,
     `remove_unused_columns=False`, `ddp_find_unused_parameters=False`, `ddp_broadcast_buffers=False`.
 
@@ -224,9 +227,25 @@ class RecipeConfig(TrainingArguments):
             "Images of one forward pass on one rank; null is all of the rank's share. The rest is accumulated."
         ),
     )
-    gradient_checkpointing: bool = field(
+    gradient_checkpointing: Recomputation | bool = field(  # type: ignore[assignment]
+        default="none",
+        metadata=efficiency(
+            "What the backward pass computes anew instead of keeping it: none, selective (all but the results of"
+            " matrix products and attention), full (whole blocks). true is full, false none."
+        ),
+    )
+    torch_compile: bool = field(
         default=False,
-        metadata=efficiency("Recompute activations in the backward pass to save memory."),
+        metadata=efficiency(
+            "Compile the blocks of student and teachers, each by itself, when a step first meets them."
+        ),
+    )
+    fp8: bool = field(
+        default=False,
+        metadata=efficiency(
+            "Matrix products of the blocks' linear layers in float8, on GPUs of compute capability 8.9 or more; the"
+            " weights stay float32. Needs torchao."
+        ),
     )
     attn_implementation: str = field(
         default="sdpa",
@@ -253,7 +272,6 @@ class RecipeConfig(TrainingArguments):
             "hub_revision",
         ),
         EFFICIENCY: (
-            "torch_compile",
             "tf32",
             "dataloader_num_workers",
             "dataloader_prefetch_factor",
@@ -279,7 +297,7 @@ class RecipeConfig(TrainingArguments):
         self._check_publishing()
         self._parse_schedules()
         self._choose_arithmetic()
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._post_init_without_blocks()
         # The recipe decides, not the launcher's environment.
         self.mixed_precision = "bf16" if self.bf16 else "no"
         # Without a launcher the Trainer would wrap the model in DataParallel on a machine with several GPUs, which
@@ -337,9 +355,21 @@ class RecipeConfig(TrainingArguments):
         # train on the whole batch.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = resolve_precision(self.precision, self.model_width(), use_cpu=self.use_cpu) == "bf16"
+        if self.fp8:
+            check_fp8(self.bf16, use_cpu=self.use_cpu)
+        if isinstance(self.gradient_checkpointing, bool):
+            self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
+
+    def _post_init_without_blocks(self) -> None:
+        """Lets the Trainer see neither checkpointing nor compiling: `prepare_blocks` does both, block by block."""
+        recomputation, compiled = self.gradient_checkpointing, self.torch_compile
+        self.gradient_checkpointing = self.torch_compile = False
         if HAS_ACTIVATION_CHECKPOINTING:
-            self.activation_checkpointing = self.gradient_checkpointing
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.activation_checkpointing = False
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.gradient_checkpointing = UnseenByTrainer(recomputation)
+        self.torch_compile = compiled
+        self.torch_compile_backend = "no"  # whatever the launcher's environment says
 
     def model_width(self) -> int:
         """Width of the network that is trained, by which `precision: auto` decides on a CPU."""

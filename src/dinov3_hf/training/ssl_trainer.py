@@ -63,6 +63,7 @@ from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, Labe
 from dinov3_hf.training.gram_config import COPY, EMA
 from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teacher
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
+from dinov3_hf.training.memory import prepare_blocks
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.preemption import PreemptionCallback, leave_signals_to_the_run
@@ -123,6 +124,7 @@ class SSLTrainer(Trainer):
             eval_dataset=self.train_images if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
+        prepare_blocks(model, args)
         batch_size = args.global_batch_size
         self.sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, seed=args.seed)
         self.schedules = args.schedules()
