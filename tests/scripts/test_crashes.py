@@ -35,6 +35,7 @@ local_crop_size: 8
 num_local_crops: 2
 global_batch_size: 8
 koleo_group_size: 4
+drop_path_group_size: 4
 max_steps: {STEPS}
 lr_schedule: 1e-3
 freeze_last_layer_steps: 0

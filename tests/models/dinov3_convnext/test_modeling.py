@@ -212,6 +212,26 @@ def test_drop_path_skips_whole_images_independently():
     assert (layer.eval()(features[:2]) - features[:2]).flatten(1).equal((branch).flatten(1).expand(2, -1))
 
 
+def test_given_numbers_decide_which_images_a_block_skips():
+    model = tiny_model(drop_path_rate=0.5).train()
+    num_blocks = sum(model.config.depths)
+    crops = [images(4), images(6, 32, 32)]
+    draws = [torch.rand(num_blocks, len(pixels), generator=torch.Generator().manual_seed(5)) for pixels in crops]
+    expected = model(crops, draws=draws)
+    assert not torch.equal(model(crops)[0].pooler_output, expected[0].pooler_output)
+    for pixels, drawn, whole in zip(crops, draws, expected, strict=True):
+        for rows in (slice(0, 1), slice(1, None)):
+            torch.testing.assert_close(
+                model(pixels[rows], draws=[drawn[:, rows]]).pooler_output, whole.pooler_output[rows]
+            )
+    model.eval()
+    assert torch.equal(model(crops, draws=draws)[0].pooler_output, model(crops)[0].pooler_output)
+    layer = model.train().stages[3].layers[0]
+    features = torch.randn(3, 24, 3, 2)
+    skipped = layer(features, torch.tensor([layer.drop_path_rate - 1e-3, layer.drop_path_rate, 0.99])) == features
+    assert skipped.flatten(1).all(1).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["training_options", "no_layer_scale"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):

@@ -9,6 +9,7 @@ from dinov3_hf.models.dinov3_pretraining.backbones import backbone_config_from_d
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training.ema import update_ema
+from dinov3_hf.training.forward_draws import StudentDraws
 
 BATCH, LOCALS, PATCHES = 4, 3, 16
 
@@ -98,6 +99,22 @@ def test_targets_of_micro_batches_are_those_of_the_whole_batch(model):
     parts = model.teacher_targets_of_step(logits, 0.05)
     expected = model.teacher_targets(model.teacher_logits(whole["global_crops"], whole["mask_indices"]), 0.05)
     torch.testing.assert_close(torch.cat([part.cls_probs for part in parts], dim=1), expected.cls_probs)
+
+
+@pytest.mark.invariant
+def test_given_draws_are_the_students_and_the_only_ones():
+    fields = {"drop_path_rate": 0.5, "pos_embed_rescale": 2.0, "layerscale_value": 1.0}
+    torch.manual_seed(0)
+    model = DINOv3ForPreTraining(make_config(backbone_config={**BACKBONE, **fields})).train()
+    given = StudentDraws(model.config.backbone_config, (2, LOCALS), BATCH, seed=0)
+    draws = given.at(0, range(BATCH), torch.device("cpu"))
+
+    def loss(draws) -> torch.Tensor:
+        return model(**make_batch(), teacher_temperature=0.07, draws=draws).loss.detach()
+
+    assert torch.equal(loss(draws), loss(draws))
+    assert not torch.equal(loss(None), loss(None))
+    assert not torch.equal(loss(given.at(1, range(BATCH), torch.device("cpu"))), loss(draws))
 
 
 def test_save_and_load_is_bitwise(model, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from dinov3_hf.models.dinov3_vit import modeling_dinov3_vit
 from dinov3_hf.models.dinov3_vit.layers import DINOv3ViTLayer, ForwardDraws, unpack
+from dinov3_hf.training.forward_draws import StudentDraws
 from tests.models.dinov3_vit.tiny import images, tiny_model
 
 QUIET = {"pos_embed_rescale": None}
@@ -98,3 +99,71 @@ def test_all_parameters_have_gradients():
     sum(output.last_hidden_state.square().sum() for output in model([images(4), images(2, 8, 8)])).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+# ---- given numbers -----------------------------------------------------------------------------------------------
+
+AUGMENTED = {"pos_embed_shift": 0.2, "pos_embed_jitter": 1.5, "pos_embed_rescale": 2.0}
+CROPS = [images(8), images(12, 8, 8)]  # 2 and 3 crops of 4 images, crop-major
+
+
+def student_draws(model, group_size=2) -> StudentDraws:
+    return StudentDraws(model.config, (2, 3), group_size, seed=0)
+
+
+def test_given_numbers_take_the_place_of_the_models_own():
+    model = tiny_model(**AUGMENTED, drop_path_rate=0.4).train()
+    draws = student_draws(model).at(0, range(4), images().device)
+    replayed = [permutation for block in range(3) for branch in range(2) for permutation in
+                (kept[block, branch] for kept in draws.kept_images)]  # fmt: skip
+    uniform = [values for table in range(3) for group in draws.rope for values in
+               (drawn[table] for drawn in (group.shift, group.jitter, group.rescale))]  # fmt: skip
+    state = torch.get_rng_state()
+    given = model(CROPS, draws=draws)
+    assert torch.equal(torch.get_rng_state(), state)
+    with (
+        mock.patch.object(modeling_dinov3_vit, "draw_permutation", lambda n, device: replayed.pop(0)),
+        mock.patch.object(modeling_dinov3_vit, "draw_uniform", lambda *_: uniform.pop(0)),
+    ):
+        own = model(CROPS)
+    assert not replayed and not uniform
+    for ours, theirs in zip(given, own, strict=True):
+        assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    assert not torch.equal(given[0].last_hidden_state, model(CROPS)[0].last_hidden_state)
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_a_batch_give_what_the_batch_gives(size):
+    model = tiny_model(**AUGMENTED, drop_path_rate=0.4).train()
+    draws = student_draws(model)
+    images_of = [crops.unflatten(0, (-1, 4)) for crops in CROPS]
+    whole = model(CROPS, draws=draws.at(3, range(8, 12), CROPS[0].device))
+    for start in range(0, 4, size):
+        part = [crops[:, start : start + size].flatten(0, 1) for crops in images_of]
+        found = model(part, draws=draws.at(3, range(8 + start, 8 + start + size), CROPS[0].device))
+        for output, expected in zip(found, whole, strict=True):
+            expected = expected.last_hidden_state.unflatten(0, (-1, 4))[:, start : start + size].flatten(0, 1)
+            torch.testing.assert_close(output.last_hidden_state, expected)
+
+
+def test_given_numbers_are_not_read_in_eval_mode():
+    model = tiny_model(**AUGMENTED, drop_path_rate=0.4)
+    draws = student_draws(model).at(0, range(4), images().device)
+    assert torch.equal(model(CROPS, draws=draws)[0].last_hidden_state, model(CROPS)[0].last_hidden_state)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_sees_the_given_numbers(reentrant):
+    model = tiny_model(**AUGMENTED, drop_path_rate=0.4).train()
+    draws = student_draws(model).at(0, range(4), images().device)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        crops = [pixels.clone().requires_grad_() for pixels in CROPS]
+        sum(output.last_hidden_state.square().sum() for output in model(crops, draws=draws)).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), expected, rtol=0, atol=0)
