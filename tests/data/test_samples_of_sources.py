@@ -1,5 +1,6 @@
 """Samples of mixtures and streams, broken files among them, do not depend on workers and ranks."""
 
+import json
 import pickle
 from collections import Counter
 
@@ -17,6 +18,7 @@ from dinov3_hf.data.sampler import SampleKey, StreamSampler
 from dinov3_hf.data.sources.mixture import Mixture, Part
 from dinov3_hf.data.sources.spec import load_images
 from tests.data.sources.conftest import own_caches  # noqa: F401
+from tests.data.sources.serving import FOR_EVER, serving
 from tests.data.sources.writing import write_folder, write_parquet, write_tar
 from tests.testing_utils import require_package
 
@@ -125,8 +127,61 @@ def test_broken_images_of_a_stream_are_replaced(tmp_path):
     broken.to_parquet(tmp_path / "broken.parquet")
     images = load_images(f"stream:{tmp_path}/broken.parquet")
     report = [entry for batch in load(images) for entry in batch["unreadable"]]
-    assert len(report) >= NUM_POSITIONS // 5
-    assert all(name.startswith(f"{tmp_path}/broken.parquet shard 0 row ") for name, _ in report)
+    assert len(report) >= NUM_POSITIONS // 10
+    assert {name for name, _ in report} <= {f"{tmp_path}/broken.parquet row {row}" for row in (0, 5, 10, 15)}
+
+
+STREAMED_BATCH = 32
+
+
+@pytest.fixture(params=["tar", "parquet"])
+def server(request, tmp_path, monkeypatch):
+    """Seven shards of streamed images, one of them gone."""
+    monkeypatch.setattr("dinov3_hf.data.sources.lanes.RETRY_WAITS", (0.01,))
+    for shard in range(7):
+        write = write_tar if request.param == "tar" else write_parquet
+        write(tmp_path / f"{shard}.{request.param}", range(12 * shard, 12 * shard + 12))
+    with serving(tmp_path) as server:
+        server.missing[f"4.{request.param}"] = FOR_EVER
+        server.pattern = f"stream:{server.address}/{{0..6}}.{request.param}"
+        yield server
+
+
+def streamed(server, num_workers=0, num_ranks=1, rank=0, num_seen=0, progress=()):
+    """What a rank sees of a stream of seven shards, as the Trainer has it, and what it has read."""
+    images = load_images(server.pattern)
+    images.shuffle_buffer = 12
+    micro_batch = STREAMED_BATCH // num_ranks
+    sampler = StreamSampler(images, 4 * STREAMED_BATCH, STREAMED_BATCH, 0, micro_batch, rank, num_ranks)
+    sampler.num_seen = num_seen
+    sampler.restore(progress)
+    batches = BatchSamplerShard(BatchSampler(sampler, micro_batch, drop_last=True), num_ranks, rank)
+    batches = SkipBatchSampler(batches, num_seen // STREAMED_BATCH)
+    masks = MaskSampler(4, batch_size=STREAMED_BATCH, seed=0)
+    dataset = SSLDataset(images, MultiCropViews(16, 8, num_local_crops=2), masks, seed=0)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_views, num_workers=num_workers)
+    return list(loader), sampler.progress()
+
+
+@pytest.mark.invariant
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_streamed_run_is_the_same_on_any_ranks_and_workers_and_after_a_restart(server):
+    whole, _ = streamed(server)
+    failed = [name for batch in whole for name, _ in batch["unreadable"]]
+    assert set(failed) == {server.pattern.removeprefix("stream:").replace("{0..6}", "4")}
+    # (ranks, workers, ranks of the run that is resumed)
+    for num_ranks, num_workers, ranks_before in ((1, 2, 2), (2, 2, 4), (4, 0, 1)):
+        before = [streamed(server, 0, ranks_before, rank) for rank in range(ranks_before)]
+        progress = json.loads(json.dumps([entry for _, entries in before for entry in entries]))
+        for num_seen in (0, 2 * STREAMED_BATCH):
+            ranks = [
+                streamed(server, num_workers, num_ranks, rank, num_seen, progress if num_seen else ())[0]
+                for rank in range(num_ranks)
+            ]
+            for *parts, expected in zip(*ranks, whole[num_seen // STREAMED_BATCH :], strict=True):
+                crops = [part["global_crops"].unflatten(0, (2, -1)) for part in parts]
+                assert torch.equal(torch.cat(crops, 1).flatten(0, 1), expected["global_crops"])
+                assert [entry for part in parts for entry in part["unreadable"]] == expected["unreadable"]
 
 
 def test_nothing_but_broken_images(tmp_path):

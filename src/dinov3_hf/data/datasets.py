@@ -38,7 +38,7 @@ class SSLDataset(Dataset[dict[str, Any]]):
 
         - `mask`: bool (2, P)
         - `image`: its place in the global batch, from 0
-        - `unreadable`: name and reason of each image that could not be read, usually none
+        - `unreadable`: name and reason of each image, or shard of a stream, that could not be read, usually none
 
         Raises:
             ValueError: one image after the other cannot be read.
@@ -46,7 +46,7 @@ class SSLDataset(Dataset[dict[str, Any]]):
         source = self.sources[key.source]
         index = key.index
         content: Content = source.content(index) if key.content is None else key.content
-        unreadable: list[tuple[str, str]] = []
+        unreadable = list(key.failures)
         for attempt in range(1 + MAX_REPLACEMENTS):
             rng = random_generator(self.seed, Stream.VIEWS, key.source, key.epoch, index)
             try:
@@ -59,7 +59,7 @@ class SSLDataset(Dataset[dict[str, Any]]):
             else:
                 image = key.position % self.masks.batch_size
                 return views | {"mask": self.masks(key.position), "image": image, "unreadable": unreadable}
-        name, reason = unreadable[0]
+        name, reason = unreadable[len(key.failures)]
         raise ValueError(
             f"{name} cannot be read ({reason}), nor can {MAX_REPLACEMENTS} images drawn in its place; check the "
             "training images."

@@ -66,6 +66,18 @@ def test_draws_start_anywhere(sources, alone):
         assert list(islice(draws.start_at(position), 100)) == order[position : position + 100]
 
 
+@pytest.mark.invariant
+@pytest.mark.parametrize("alone", [(True, False, False), (False, False, False), (True, True, True)])
+def test_draws_at_some_places_of_the_batches(sources, alone, monkeypatch):
+    monkeypatch.setattr("dinov3_hf.data.sources.mixture.STEPS_AT_ONCE", 7)
+    draws = Draws(parts(sources, (0.2, 0.5, 0.3), alone), batch_size=8)
+    order = list(islice(draws.start_at(0), 300))
+    for position in (0, 1, 8, 12, 119, 120, 297):
+        for low, high in ((0, 4), (4, 8), (2, 3), (0, 8)):
+            counts = Counter(part for i, part in enumerate(order[:position]) if low <= i % 8 < high)
+            assert draws.counts(position, low, high) == [counts[i] for i in range(3)]
+
+
 def test_a_million_steps_are_no_work(sources):
     draws = Draws(parts(sources, (0.1, 0.6, 0.3), (True, False, False)), batch_size=4096)
     start = time.process_time()

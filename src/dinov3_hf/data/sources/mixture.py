@@ -11,6 +11,8 @@ import numpy as np
 from dinov3_hf.data.decoding import Content
 from dinov3_hf.data.sources.base import ImageSource, part_and_row
 
+STEPS_AT_ONCE = 2**16  # so that the numbers of a long run need little memory
+
 
 @dataclass(frozen=True)
 class Part:
@@ -92,17 +94,22 @@ class Turns:
 
     def counts(self, num_turns: int) -> list[int]:
         """Return how many of the first `num_turns` turns each entry has."""
+        counts: list[int] = self.counts_at(np.array([num_turns]))[0].tolist()
+        return counts
+
+    def counts_at(self, num_turns: np.ndarray) -> np.ndarray:
+        """Return how many of the first turns each entry has, int64 (N, entries), for N numbers of turns, int64."""
+        periods = np.array(self.periods)
         # By this time at most num_turns are due, and of the others only as many are missing as there are entries.
-        time = num_turns - len(self.periods)
-        counts = [max(0, math.floor(time / period + 0.5)) for period in self.periods]
-        for i, period in enumerate(self.periods):  # what rounding of floats put on the wrong side
-            while counts[i] > 0 and (counts[i] - 0.5) * period > time:
-                counts[i] -= 1
-            while (counts[i] + 0.5) * period <= time:
-                counts[i] += 1
-        following = self._following(counts)
-        for _ in range(num_turns - sum(counts)):
-            counts[next(following)] += 1
+        time = num_turns[:, None] - len(periods)
+        counts = np.maximum(0, np.floor(time / periods + 0.5)).astype(np.int64)
+        # What rounding of floats put on the wrong side.
+        while (early := (counts > 0) & ((counts - 0.5) * periods > time)).any():
+            counts -= early
+        while (late := (counts + 0.5) * periods <= time).any():
+            counts += late
+        while len(missing := np.flatnonzero(counts.sum(1) < num_turns)):
+            counts[missing, ((counts[missing] + 0.5) * periods).argmin(1)] += 1
         return counts
 
     def start_at(self, num_turns: int) -> Iterator[int]:
@@ -140,20 +147,35 @@ class Draws:
         # The mixed parts come last: they may be none.
         self.steps = Turns([weights[i] for i in self.alone] + ([sum(mixed_weights)] if self.mixed else []))
 
-    def counts(self, position: int) -> list[int]:
-        """Return how many of the first `position` images each part gave."""
+    def counts(self, position: int, low: int = 0, high: int | None = None) -> list[int]:
+        """Return how many of the first `position` images each part gave.
+
+        With `low` and `high`, those at places from `low` to `high` - 1 of their global batches count.
+        """
+        high = self.batch_size if high is None else high
         step, offset = divmod(position, self.batch_size)
         num_steps = self.steps.counts(step)
         counts = [0] * self.num_parts
         for i, number in zip(self.alone, num_steps, strict=False):
-            counts[i] = number * self.batch_size
+            counts[i] = number * (high - low)
         if self.mixed:
-            for i, number in zip(self.mixed, self.images.counts(num_steps[-1] * self.batch_size), strict=True):
+            for i, number in zip(self.mixed, self._mixed_counts(num_steps[-1], low, high), strict=True):
                 counts[i] = number
-        following = self._from_step(step)
-        for _ in range(offset):
-            counts[next(following)] += 1
+        for place, i in zip(range(offset), self._from_step(step), strict=False):
+            counts[i] += low <= place < high
         return counts
+
+    def _mixed_counts(self, num_steps: int, low: int, high: int) -> list[int]:
+        """Images of each mixed part at places from `low` to `high` of the first mixed steps."""
+        if len(self.mixed) == 1:
+            return [num_steps * (high - low)]
+        if high - low == self.batch_size:
+            return self.images.counts(num_steps * self.batch_size)
+        counts = np.zeros(len(self.mixed), dtype=np.int64)
+        for start in range(0, num_steps, STEPS_AT_ONCE):
+            steps = np.arange(start, min(start + STEPS_AT_ONCE, num_steps)) * self.batch_size
+            counts += (self.images.counts_at(steps + high) - self.images.counts_at(steps + low)).sum(0)
+        return counts.tolist()
 
     def start_at(self, position: int) -> Iterator[int]:
         """Yield the parts that the positions from `position` on draw from, without end."""

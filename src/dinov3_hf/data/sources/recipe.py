@@ -50,7 +50,7 @@ class DataRecipe:
 
     Attributes:
         streaming: whether the sources are read from front to back.
-        shuffle_buffer: images of a stream that are shuffled among themselves.
+        shuffle_buffer: images of a stream that wait to be shuffled, over all its lanes.
         sources: to train on.
         train: labelled images to compare with in an evaluation.
         test: labelled images to classify in an evaluation.

@@ -1,11 +1,12 @@
 """`load_images`: the one door through which every command and script reads images."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dinov3_hf.data.sources.arrow import HUB_ID, hub_rows, import_datasets, open_parquet, open_rows
-from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES, ImageSource, NoSuchSplit, Split, one_line
+from dinov3_hf.data.sources.arrow import HUB_ID, hub_rows, open_parquet, open_rows
+from dinov3_hf.data.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES, ImageSource, NoSuchSplit, Split
 from dinov3_hf.data.sources.digits import DigitImages
 from dinov3_hf.data.sources.files import (
     PACKED_SUFFIXES,
@@ -19,11 +20,10 @@ from dinov3_hf.data.sources.files import (
 from dinov3_hf.data.sources.folder import FolderImages
 from dinov3_hf.data.sources.mixture import Mixture, Part
 from dinov3_hf.data.sources.recipe import RECIPE_SUFFIXES, DataRecipe, Entry, read_data_recipe
+from dinov3_hf.data.sources.shards import Shard, parquet_shards, row_shards, tar_shards
 from dinov3_hf.data.sources.stream import SHUFFLE_BUFFER, STREAM_PREFIX, ImageStream
 from dinov3_hf.data.sources.tars import TarImages
 from dinov3_hf.errors import did_you_mean
-
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of `datasets`, by suffix
 
 
 def load_images(
@@ -164,7 +164,7 @@ class _Opener:
         if len(kinds) > 1:
             raise ValueError(f"{self.data} has files of several kinds ({', '.join(kinds)}); name those of one kind.")
         if self.shuffle_buffer is not None:
-            return self._stream(BUILDERS[kinds[0]], [str(path.resolve()) for path in files])
+            return self._stream_files(kinds[0], [str(path) for path in files])
         if kinds == [".parquet"]:
             return open_parquet(files, self.data, self.labelled, self.num_channels, self.column)
         return TarImages(files, self.data, self.labelled, self.num_channels)
@@ -172,24 +172,27 @@ class _Opener:
     def _open_remote(self) -> ImageSource:
         if self.shuffle_buffer is None:
             raise ValueError(f"{self.data} is not on this machine; write {STREAM_PREFIX}{self.data}, or download it.")
-        builder = BUILDERS.get(Path(self.data).suffix.lower())
-        if builder is None:
+        suffix = Path(self.data).suffix.lower()
+        if suffix not in PACKED_SUFFIXES:
             raise ValueError(f"{self.data} cannot be streamed; its files must end in {' or '.join(PACKED_SUFFIXES)}.")
-        return self._stream(builder, expand_braces(self.data))
+        return self._stream_files(suffix, expand_braces(self.data))
 
     def _open_hub(self, repository: str, config: str | None, own_split: str | None) -> ImageSource:
         own_split = own_split or self.own_split
         if self.shuffle_buffer is not None:
             rows = hub_rows(self.data, repository, config, own_split, self.split, streaming=True)
-            return ImageStream(rows, self.data, self.num_channels, self.shuffle_buffer, self.column)
+            return self._stream(row_shards(rows, self.data, self.column))
         rows = hub_rows(self.data, repository, config, own_split, self.split)
         return open_rows(rows, self.data, self.labelled, self.num_channels, self.column)
 
-    def _stream(self, builder: str, files: list[str]) -> ImageStream:
+    def _stream_files(self, suffix: str, files: list[str]) -> ImageStream:
+        if suffix == ".tar":
+            return self._stream(tar_shards(files, self.data))
+        return self._stream(parquet_shards(files, self.data, self.column))
+
+    def _stream(self, shards: Sequence[Shard]) -> ImageStream:
         assert self.shuffle_buffer is not None
-        with one_line(f"{self.data} cannot be streamed", "check the address and the files"):
-            rows = import_datasets().load_dataset(builder, data_files=files, split="train", streaming=True)
-        return ImageStream(rows, self.data, self.num_channels, self.shuffle_buffer, self.column)
+        return ImageStream(shards, self.data, self.num_channels, self.shuffle_buffer)
 
     def _refuse_streaming(self, reason: str) -> None:
         if self.shuffle_buffer is not None:

@@ -124,17 +124,21 @@ def _scan(path: Path, suffixes: tuple[str, ...]) -> TarIndex:
         for member in _members(path):
             folder, slash, file = member.name.rpartition("/")
             key = folder + slash + file.partition(".")[0]  # what the members of one sample share
-            if not member.isreg() or file.startswith("."):
-                continue
-            if file.lower().endswith(suffixes):
+            if is_file_of(member, suffixes):
                 keys.append(key)
                 places.append((member.offset, member.offset_data, member.size))
                 names.update(f"{member.name}\n{member.size}\n".encode())
-            elif file.endswith(LABEL_SUFFIX):
+            elif is_file_of(member, (LABEL_SUFFIX,)):
                 label_of[key] = _label(path, member)
     headers, starts, sizes = np.array(places, dtype=np.int64).reshape(-1, 3).T
     labels = np.array([label_of.get(key, NO_LABEL) for key in keys], dtype=np.int64)
     return TarIndex(headers, starts, sizes, labels, names.hexdigest())
+
+
+def is_file_of(member: tarfile.TarInfo, suffixes: tuple[str, ...]) -> bool:
+    """Whether a member is a file whose name ends in one of `suffixes` and is not hidden."""
+    file = member.name.rpartition("/")[2].lower()
+    return member.isreg() and not file.startswith(".") and file.endswith(suffixes)
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
