@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dinov3_hf.training.forward_draws import StudentDraws
 from tests.models.dinov3_vit.tiny import ALL_VARIANTS, images, random_mask, tiny_model
 
 # The graph is captured and differentiated, but not turned into machine code; the slow test does that.
@@ -14,9 +15,9 @@ def fresh_graphs():
     torch._dynamo.reset()
 
 
-def step(model, *inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(model, *inputs, **draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    outputs = model(*inputs)
+    outputs = model(*inputs, **draws)
     outputs = outputs if isinstance(outputs, list) else [outputs]
     loss = sum(output.last_hidden_state.square().mean() for output in outputs)
     loss.backward()
@@ -51,6 +52,20 @@ def test_training_on_a_crop_list():
     expected = step(model, *inputs)
     model.compile(fullgraph=True, backend=DIFFERENTIATED)
     torch.testing.assert_close(step(model, *inputs), expected)
+
+
+def test_training_with_given_draws():
+    """Their shapes are those of every step, so that one graph serves all of them."""
+    model = tiny_model(**ALL_VARIANTS["training_options"]).train()
+    inputs = [images(4), images(6, 8, 8)], [random_mask(4), None]
+    source = StudentDraws(model.config, (2, 3), group_size=2, seed=0)
+    draws = [source.at(number, range(2), torch.device("cpu")) for number in range(3)]
+    expected = [step(model, *inputs, draws=drawn) for drawn in draws]
+    assert len({loss.item() for loss, _ in expected}) == 3
+    model.compile(fullgraph=True, backend=DIFFERENTIATED)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [step(model, *inputs, draws=drawn) for drawn in draws]
+    torch.testing.assert_close(found, expected)
 
 
 def test_blocks_compiled_one_by_one():
