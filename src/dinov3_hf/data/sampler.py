@@ -72,7 +72,8 @@ class StreamSampler(Sampler[SampleKey | None]):
         self.num_seen = 0
         micro_batch = micro_batch or batch_size
         self._is_mine = [place // micro_batch % num_ranks == rank for place in range(batch_size)]
-        self._ledgers: dict[tuple[int, int], Ledger] = {}  # by number of the source and of the lane
+        self._ledgers: dict[tuple[int, int], Ledger] = {}  # of this rank, by number of the source and of the lane
+        self._restored: dict[tuple[int, int], Ledger] = {}  # of all ranks, before
 
     def __len__(self) -> int:
         return self.num_positions
@@ -81,7 +82,7 @@ class StreamSampler(Sampler[SampleKey | None]):
         return itertools.chain(itertools.repeat(None, self.num_seen), self._keys(self.num_seen))
 
     def progress(self) -> list[dict[str, Any]]:
-        """Return what this rank has read of streams, as plain values: see `Ledger`."""
+        """Return what this rank has read of each lane of a stream, as plain values: see `Ledger`."""
         return [
             {"source": source, "lane": lane, **ledger.to_json()} for (source, lane), ledger in self._ledgers.items()
         ]
@@ -89,7 +90,7 @@ class StreamSampler(Sampler[SampleKey | None]):
     def restore(self, progress: Sequence[dict[str, Any]]) -> None:
         """Go on from the `progress` of all ranks, however many there were: what is known to be read is passed over."""
         for entry in progress:
-            self._ledgers[entry["source"], entry["lane"]] = Ledger.from_json(entry)
+            self._restored[entry["source"], entry["lane"]] = Ledger.from_json(entry)
 
     def _keys(self, start: int) -> Iterator[SampleKey | None]:
         draws = Draws(self.parts, self.batch_size)
@@ -110,7 +111,7 @@ class StreamSampler(Sampler[SampleKey | None]):
         lanes = {}
         for i in range(num_lanes):
             if any(self._is_mine[i * size : (i + 1) * size]):
-                ledger = self._ledgers.setdefault((number, i), Ledger())
+                ledger = self._ledgers.setdefault((number, i), self._restored.get((number, i), Ledger()))
                 num_read = draws.counts(start, i * size, (i + 1) * size)[number]
                 lanes[i] = source.lane(i, num_lanes, self.seed, number, ledger).images(num_read)
         return lambda place: next(lanes[place // size]) if place // size in lanes else None
