@@ -18,7 +18,7 @@ class Stream(IntEnum):
     MASK_COUNTS = 2  # key (step): which crop of the global batch has how many masked patches
     MASKS = 3  # key (step, entry): blocks of one mask
     REPLACEMENTS = 4  # key (position, attempt): which image takes the place of one that cannot be read
-    WINDOWS = 5  # key (source, epoch, first image): permutation of a window of a stream
+    WINDOWS = 5  # key (source, lane, number): permutation of a window of a stream
     CROP_SIZES = 6  # key (step): which crop sizes a step has
     DROP_PATH = 7  # key (step, group): which images of a group of the global batch go through which branch
     ROPE = 8  # key (step): augmentation of the coordinates

@@ -105,13 +105,14 @@ class Lane:
         Raises:
             ValueError: while iterating, when one shard after the other cannot be read.
         """
-        first_window, offset = divmod(start, self.window)
-        return self._shuffled(ReadAhead(self._read(first_window * self.window), self.window), first_window, offset)
+        first, offset = divmod(start, self.window)
+        windows = ReadAhead(self._windows(first), 1)
+        return itertools.islice(itertools.chain.from_iterable(windows), offset, None)
 
-    def _shuffled(
-        self, items: Iterator[StreamedImage | _Failure], first_window: int, offset: int
-    ) -> Iterator[StreamedImage]:
-        for number in itertools.count(first_window):
+    def _windows(self, first: int) -> Iterator[list[StreamedImage]]:
+        """Shuffled windows from number `first` on; the first image of each says which shards have failed before."""
+        items = self._read(first * self.window)
+        for number in itertools.count(first):
             images: list[StreamedImage] = []
             failures: list[_Failure] = []
             while len(images) < self.window:
@@ -120,13 +121,10 @@ class Lane:
                     failures.append(item)
                 else:
                     images.append(item)
-            order = random_generator(self.seed, Stream.WINDOWS, self.source, self.number, number).permutation(
-                len(images)
-            )
-            shuffled = [images[i] for i in order]
+            rng = random_generator(self.seed, Stream.WINDOWS, self.source, self.number, number)
+            shuffled = [images[i] for i in rng.permutation(len(images))]
             shuffled[0] = shuffled[0]._replace(failures=tuple(failures))
-            yield from shuffled[offset:]
-            offset = 0
+            yield shuffled
 
     def _read(self, skip: int) -> Iterator[StreamedImage | _Failure]:
         """The images in the order of the shards without the first `skip`, and shards that fail where they do."""
