@@ -74,7 +74,7 @@ def tell_at_random(runner: Runner, whole: Path, run: Path, num_ranks: int, rng: 
         before = complete(run)
         ranks = Ranks(runner, run, num_ranks, *words)
         ranks.wait_for_handlers()
-        time.sleep(rng.uniform(0, duration(whole)))
+        time.sleep(rng.uniform(0, 0.7 * duration(whole)))  # the machine may be faster now
         os.kill(rng.choice(ranks.pids), rng.choice([signal.SIGTERM, signal.SIGUSR1]))
         statuses = ranks.wait()
         after = complete(run)
@@ -96,17 +96,19 @@ def losses_until(whole: Path, step: int) -> list[dict[str, float]]:
     return [entry for entry in losses(whole / "trainer_state.json") if entry["step"] <= step]
 
 
-def repeat(runner: Runner, tmp_path: Path, num_ranks: int, times: int, seed: int, *words: str) -> int:
+def tell(runner: Runner, tmp_path: Path, num_ranks: int, times: int, seed: int, *words: str) -> None:
+    """Tell runs to end, as many as it takes to tell them so many `times`; each comes to what an unbroken one does."""
     whole = tmp_path / "whole"
     ranks = Ranks(runner, whole, num_ranks, *words)
     assert set(ranks.wait()) == {0}, ranks.said()
     rng = random.Random(seed)
-    num_told = 0
-    for i in range(times):
-        run = tmp_path / f"run-{i}"
+    num_told = num_runs = 0
+    while num_told < times:
+        run = tmp_path / f"run-{num_runs}"
         num_told += tell_at_random(runner, whole, run, num_ranks, rng, *words)
         assert_same_end(run, whole)
-    return num_told
+        num_runs += 1
+        assert num_runs <= 3 * times
 
 
 # Two processes have 4 images each, less than a group of stochastic depth.
@@ -114,18 +116,18 @@ TWO = ("--backbone.drop_path_rate", "0")
 
 
 def test_one_process_is_told(runner, tmp_path):
-    assert repeat(runner, tmp_path, 1, 1, 0) >= 1
+    tell(runner, tmp_path, 1, 1, 0)
 
 
 def test_one_of_two_processes_is_told(runner, tmp_path):
-    assert repeat(runner, tmp_path, 2, 1, 1, *TWO) >= 1
+    tell(runner, tmp_path, 2, 1, 1, *TWO)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_twenty_times(runner, tmp_path, num_ranks):
+def test_told_twenty_times(runner, tmp_path, num_ranks):
     seed = int(os.environ.get("DINOV3_HF_TEST_SEED", "2"))
-    assert repeat(runner, tmp_path, num_ranks, 20, seed, *(TWO if num_ranks == 2 else ())) >= 20
+    tell(runner, tmp_path, num_ranks, 20, seed, *(TWO if num_ranks == 2 else ()))
 
 
 def test_data_workers_are_told_too(runner, tmp_path):
