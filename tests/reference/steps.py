@@ -15,7 +15,7 @@ from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
     DINOv3PreTrainingOutput,
     StudentPredictions,
 )
-from dinov3_hf.training.clipping import clip_gradients
+from dinov3_hf.distributed.engine import Engine
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
@@ -104,7 +104,7 @@ class Run:
 
     def clip(self) -> dict[str, Tensor]:
         """Norms before clipping."""
-        return clip_gradients(self.networks["student"], self.max_norm)
+        return Engine().clip_gradients(self.networks["student"], self.max_norm)
 
     def update(self, momentum: float) -> None:
         """The optimizer's step, the teacher's, and the schedules'."""

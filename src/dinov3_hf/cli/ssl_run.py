@@ -42,9 +42,9 @@ def run_recipe(args: SSLConfig) -> None:
     model = DINOv3ForPreTraining(args.pretraining_config())
     trainer = SSLTrainer(model, args, train_images, eval_images, start=start)
     _train(trainer)
+    teacher = Path(args.output_dir or ".") / "teacher"
+    outcome = trainer.save_outcome(teacher)
     if trainer.is_world_process_zero():
-        teacher = Path(args.output_dir or ".") / "teacher"
-        outcome = trainer.save_outcome(teacher)
         print("\n".join([*accuracies(trainer.state.log_history), outcome]))
         if args.push_to_hub:
             print(f"and at {trainer.push_teacher(teacher)}")
@@ -70,10 +70,12 @@ def continue_pretraining(args: ContinuedConfig) -> None:
     if trainer.is_world_process_zero():
         print(trainer.describe_start(), flush=True)
     _train(trainer)
+    teacher = Path(args.output_dir or ".") / "teacher"
     if trainer.is_world_process_zero():
-        teacher = Path(args.output_dir or ".") / "teacher"
         trainer.show_course()
-        print(trainer.save_outcome(teacher))
+    outcome = trainer.save_outcome(teacher)
+    if trainer.is_world_process_zero():
+        print(outcome)
         if args.push_to_hub:
             print(f"and at {trainer.push_teacher(teacher)}")
 

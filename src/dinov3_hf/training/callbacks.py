@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dinov3_hf.data.sampler import StreamSampler
+from dinov3_hf.distributed.engine import Engine
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.evaluation import described
@@ -20,9 +21,10 @@ logger = logging.getLogger(__name__)
 class TeacherUpdateCallback(TrainerCallback):
     """Moves the teacher after each optimizer step that was taken, by the momentum of that step."""
 
-    def __init__(self, schedules: TrainingSchedules, guard: NonFiniteGuard) -> None:
+    def __init__(self, schedules: TrainingSchedules, guard: NonFiniteGuard, engine: Engine) -> None:
         self.schedules = schedules
         self.guard = guard
+        self.engine = engine
 
     def on_optimizer_step(
         self,
@@ -35,7 +37,7 @@ class TeacherUpdateCallback(TrainerCallback):
             return
         model: DINOv3ForPreTraining = kwargs["model"]
         momentum = self.schedules.at(state.global_step)["teacher_momentum"]
-        update_ema(model.teacher, model.student, momentum)
+        update_ema(model.teacher, model.student, momentum, self.engine)
 
 
 class SeenSamplesCallback(TrainerCallback):

@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypedDict
 
 from dinov3_hf import __version__
 
@@ -30,34 +31,47 @@ _HIDDEN = re.compile(r"\.(?P<name>checkpoint-\d+|teacher)\.(?P<state>saving|old|
 _CHUNK = 1 << 24  # bytes
 
 
-@contextmanager
-def saving_checkpoint(
-    output_dir: Path, step: int, *, rank: int, world_size: int, wait_for_everyone: Callable[[], None]
-) -> Iterator[Path]:
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    crc32: int
+
+
+def staging_folder(output_dir: Path, step: int) -> Path:
+    """Where `checkpoint-{step}` is written."""
+    target = output_dir / f"checkpoint-{step}"
+    return _hidden(target, "saving") / target.name
+
+
+def discard_staged(folder: Path) -> None:
+    """Remove what has been written of a checkpoint."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def put_checkpoint_in_place(
+    staged: Path, target: Path, step: int, world_size: int, entries: Mapping[str, FileEntry]
+) -> None:
     """
-    A folder in which the block writes `checkpoint-{step}`; it is moved to `output_dir` when all ranks have written.
+    Write the manifest of a checkpoint that is otherwise whole, and move it to its place.
 
     Args:
-        output_dir: of the run, on a disk that all ranks share.
+        staged: of `staging_folder`.
+        target: `checkpoint-{step}`.
         step: optimizer steps taken.
-        rank: of this process; rank 0 writes the manifest and moves the folder.
-        world_size: number of processes; each has written its random state when the block ends.
-        wait_for_everyone: returns when all processes have called it.
+        world_size: ranks that have written to it.
+        entries: of files that have been synced already.
 
     Raises:
-        OSError: the block or the move failed. Nothing is left of this checkpoint, the others are as they were.
+        FileNotFoundError: a rank has written elsewhere.
     """
-    target = output_dir / f"checkpoint-{step}"
-    with _replacing(target, removes=rank == 0) as staged:
-        yield staged.parent
-        wait_for_everyone()
-        if rank == 0:
-            random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{i}.pth" for i in range(world_size)]
-            missing = [name for name in random_states if not (staged / name).is_file()]
-            if missing:
-                raise FileNotFoundError(f"{missing[0]} is missing; output_dir must be on a disk that all ranks share")
-            write_manifest(staged, step)
-            _put_in_place(staged, target)
+    random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{i}.pth" for i in range(world_size)]
+    missing = [name for name in [*random_states, *entries] if not (staged / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is missing; output_dir must be on a disk that all ranks share")
+    write_manifest(staged, step, entries)
+    _put_in_place(staged, target)
+    staged.parent.rmdir()
 
 
 @contextmanager
@@ -68,32 +82,26 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the block or the move failed. Nothing is left of the new folder, the old one is as it was.
     """
-    with _replacing(folder, removes=True) as staged:
+    staging = _hidden(folder, "saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    staged = staging / folder.name
+    try:
         staged.mkdir(parents=True)
         yield staged
         for path in _files(staged):
             _sync(path)
         _put_in_place(staged, folder)
-
-
-@contextmanager
-def _replacing(target: Path, removes: bool) -> Iterator[Path]:
-    staging = _hidden(target, "saving")
-    if removes:
-        shutil.rmtree(staging, ignore_errors=True)
-    try:
-        yield staging / target.name
     except BaseException as error:
-        message = _failure(target, error)  # before room is made
+        message = failure(folder, error)  # before room is made
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, Exception):
             raise OSError(message) from error
         raise
-    if removes:
-        staging.rmdir()
+    staging.rmdir()
 
 
-def _failure(target: Path, error: BaseException) -> str:
+def failure(target: Path, error: BaseException) -> str:
+    """Why a checkpoint, or another folder of a run, could not be written, and what there is to go on from."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     output_dir = target.parent
     complete = [folder.name for folder in checkpoints(output_dir) if problem(folder) is None]
@@ -110,25 +118,21 @@ def _gigabytes(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e9:,.3f}"
 
 
-def write_manifest(folder: Path, step: int) -> None:
+def write_manifest(folder: Path, step: int, entries: Mapping[str, FileEntry] | None = None) -> None:
     """
     Bring every file of a checkpoint to the disk and list it, with size and checksum, in `manifest.json`.
 
     Args:
         folder: the checkpoint, all its files written.
         step: optimizer steps taken.
+        entries: of files that are on the disk already.
     """
-    files = [path for path in _files(folder) if path != folder / MANIFEST]
+    known = dict(entries or {})
+    names = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path != folder / MANIFEST}
+    rest = {name: path for name, path in names.items() if name not in known}
     with ThreadPoolExecutor() as pool:
-        checksums = list(pool.map(_synced_checksum, files))
-    manifest = {
-        "step": step,
-        "dinov3_hf": __version__,
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum}
-            for path, checksum in zip(files, checksums, strict=True)
-        },
-    }
+        known |= zip(rest, pool.map(synced_entry, rest.values()), strict=True)
+    manifest = {"step": step, "dinov3_hf": __version__, "files": {name: known[name] for name in names}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
@@ -248,9 +252,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _synced_checksum(path: Path) -> int:
+def synced_entry(path: Path) -> FileEntry:
+    """What a manifest says of a file, which is brought to the disk."""
     _sync(path)
-    return _crc32(path)
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
 def _crc32(path: Path) -> int:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dinov3_hf.evals.features import load_model
 from dinov3_hf.hub.model_card import keep_edited_card
-from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, SSLNetwork
 from dinov3_hf.models.image_channels import ChannelStatistics, change_channels
 from dinov3_hf.training.checkpoints import checkpoints, problem, replacing_folder, step_of
 from dinov3_hf.training.continued_config import ContinuedConfig
@@ -84,6 +85,13 @@ class ContinuedTrainer(SSLTrainer):
         self.guard_against_harm = HarmCallback()
         self.add_callback(self.guard_against_harm)
 
+    def empty_teacher(self) -> SSLNetwork:
+        teacher = super().empty_teacher()
+        if self.args.lora_rank is not None:
+            with torch.device("meta"):
+                add_adapters(teacher.backbone, self.args.lora_rank, self.args.alpha)
+        return teacher
+
     def describe_start(self) -> str:
         """In a few lines what is trained, and how the first layer was converted."""
         args = self.args
@@ -140,9 +148,10 @@ class ContinuedTrainer(SSLTrainer):
         said = f"stopped at step {self.state.global_step:,} of {self.args.max_steps:,}: {self.harm}"
         if best is None:
             raise RuntimeError(f"{said}. Nothing on the way was better than {self.args.model}: keep it; {remedy}.")
-        with replacing_folder(folder) as staged:
-            shutil.copytree(best / "teacher", staged, dirs_exist_ok=True)
-            keep_edited_card(folder, staged)
+        if self.is_world_process_zero():
+            with replacing_folder(folder) as staged:
+                shutil.copytree(best / "teacher", staged, dirs_exist_ok=True)
+                keep_edited_card(folder, staged)
         return (
             f"{said[0].upper()}{said[1:]}.\n{folder} is the teacher of {best.name}, the best. To go further, {remedy}."
         )

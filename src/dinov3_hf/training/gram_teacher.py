@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dinov3_hf.distributed.engine import Engine
 from dinov3_hf.evals.features import load_model
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.same_network import network_differences
@@ -20,7 +22,8 @@ class GramTeacherCallback(TrainerCallback):
     the refreshes. All of it is a function of the step, so that a resumed run does the same.
     """
 
-    def __init__(self, args: GramConfig) -> None:
+    def __init__(self, args: GramConfig, engine: Engine) -> None:
+        self.engine = engine
         start = resolve_steps(args.gram_start_step, args.max_steps)
         self.copy_before = start if args.gram_teacher == COPY else None
         self.every = (
@@ -41,15 +44,18 @@ class GramTeacherCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == self.copy_before:
-            model: DINOv3ForPreTraining = kwargs["model"]
-            model.refresh_gram_teacher()
+            self._copy_teacher(kwargs["model"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.refreshes_after(state.global_step + 1):
-            model: DINOv3ForPreTraining = kwargs["model"]
-            model.refresh_gram_teacher()
+            self._copy_teacher(kwargs["model"])
+
+    @torch.no_grad()
+    def _copy_teacher(self, model: DINOv3ForPreTraining) -> None:
+        assert model.gram_teacher is not None
+        self.engine.copy(model.gram_teacher, model.teacher.backbone)
 
 
 def load_gram_teacher(gram_teacher: nn.Module, config: PreTrainedConfig, source: str) -> None:

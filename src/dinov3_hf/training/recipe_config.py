@@ -18,6 +18,7 @@ from dinov3_hf._compat import HAS_ACTIVATION_CHECKPOINTING, UnseenByTrainer
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.hub.model_card import license_fields
 from dinov3_hf.training.batch_arithmetic import micro_batch_size
+from dinov3_hf.training.engines import EngineName, choose_engine
 from dinov3_hf.training.precision import Precision, Recomputation, check_fp8, resolve_precision
 from dinov3_hf.training.schedules import LRScaling, Schedule, lr_scale_factor
 from dinov3_hf.yaml_text import dump_yaml
@@ -89,6 +90,8 @@ UNUSED_FIELDS = {
     "metric_for_best_model": "set save_total_limit and keep_every_steps",
     "greater_is_better": "set save_total_limit and keep_every_steps",
     "hub_always_push": "the teacher is uploaded once, when the run has ended",
+    "fsdp": "set engine: fsdp2",
+    "fsdp_config": "set engine: fsdp2; how to shard follows from the model",
     "debug": "--debug shows the traceback of an error",
 }
 
@@ -227,6 +230,23 @@ class RecipeConfig(TrainingArguments):
             "Images of one forward pass on one rank; null is all of the rank's share. The rest is accumulated."
         ),
     )
+    engine: EngineName = field(
+        default="auto",
+        metadata=efficiency(
+            "How the run is spread over its ranks: ddp (all of it on each), fsdp2, zero2, zero3 (sharded), or auto, as"
+            " accelerate launch was told."
+        ),
+    )
+    deepspeed: str | None = field(
+        default=None,
+        metadata=efficiency("DeepSpeed configuration of zero2 and zero3 to start from, a JSON file."),
+    )
+    offload_optimizer: bool = field(
+        default=False,
+        metadata=efficiency(
+            "Keep the optimizer's state, and with fsdp2 the weights, in the memory of the host: fsdp2, zero3."
+        ),
+    )
     gradient_checkpointing: Recomputation | bool = field(  # type: ignore[assignment]
         default="none",
         metadata=efficiency(
@@ -277,9 +297,6 @@ class RecipeConfig(TrainingArguments):
             "dataloader_prefetch_factor",
             "dataloader_pin_memory",
             "use_cpu",
-            "fsdp",
-            "fsdp_config",
-            "deepspeed",
         ),
     }
 
@@ -297,7 +314,7 @@ class RecipeConfig(TrainingArguments):
         self._check_publishing()
         self._parse_schedules()
         self._choose_arithmetic()
-        self._post_init_without_blocks()
+        self._post_init_unseen()
         # The recipe decides, not the launcher's environment.
         self.mixed_precision = "bf16" if self.bf16 else "no"
         # Without a launcher the Trainer would wrap the model in DataParallel on a machine with several GPUs, which
@@ -360,14 +377,24 @@ class RecipeConfig(TrainingArguments):
         if isinstance(self.gradient_checkpointing, bool):
             self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
 
-    def _post_init_without_blocks(self) -> None:
-        """Lets the Trainer see neither checkpointing nor compiling: `prepare_blocks` does both, block by block."""
+    @property
+    def place_model_on_device(self) -> bool:
+        """A model that is sharded comes to the device in parts."""
+        return self.launched.engine == "ddp"
+
+    def _post_init_unseen(self) -> None:
+        """
+        Lets the Trainer see neither checkpointing nor compiling, which `prepare_blocks` does block by block, nor
+        DeepSpeed, which is the engine's.
+        """
+        self.launched = choose_engine(self.engine, self.deepspeed, self.offload_optimizer)
+        self.deepspeed = None
         recomputation, compiled = self.gradient_checkpointing, self.torch_compile
         self.gradient_checkpointing = self.torch_compile = False
         if HAS_ACTIVATION_CHECKPOINTING:
             self.activation_checkpointing = False
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.gradient_checkpointing = UnseenByTrainer(recomputation)
+        self.gradient_checkpointing = UnseenByTrainer(recomputation)  # type: ignore[assignment]
         self.torch_compile = compiled
         self.torch_compile_backend = "no"  # whatever the launcher's environment says
 

@@ -7,22 +7,24 @@ All overrides of the Trainer's internals are in this file:
                             the teacher's targets are balanced over all micro-batches of a step
     create_optimizer        parameter groups with layer-wise rates;  create_scheduler  learning rate and weight decay
     compute_loss            crops are finished on the device, schedules enter the step
+    _wrap_model             the engine puts itself around model and optimizer
     training_step           the parts of a micro-batch; a loss that is not finite stays out of the Trainer's own sum
     _clip_grad_norm         one clip per sub-module; a step that is not finite is skipped
     evaluate                what the evaluators among the callbacks say of the teacher
     log                     loss terms, norms, schedule values, images per second, guards
     train                   looks for the checkpoint to go on from, and whether it belongs to this run; or for what a
                             stage starts from
-    _save_checkpoint        written beside, renamed when it is whole, older ones removed afterwards
-    _save                   the training state's model, the arguments as YAML and the teacher as a model folder
-    init_hf_repo, push_to_hub   the teacher's repository, and its upload
+    _save_checkpoint        written beside, in the background; renamed when it is whole
+    _save, _save_optimizer_and_scheduler, _load_from_checkpoint, _load_optimizer_and_scheduler
+                            all ranks' pieces of parameters and moments, in the format of the engines
+
+`TeacherPublisher` has what goes to the Hub.
 """
 
 import logging
-import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from dinov3_hf.data.collators import collate_views, split_batch
@@ -41,29 +44,30 @@ from dinov3_hf.data.datasets import SSLDataset
 from dinov3_hf.data.photometric import Photometric
 from dinov3_hf.data.sampler import StreamSampler
 from dinov3_hf.data.sources.base import Images, as_source
+from dinov3_hf.distributed.engine import PARAMETER, empty_parameters_to_buffers
+from dinov3_hf.distributed.pieces import Piece, StateReader, on_host
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
 from dinov3_hf.hub.model_card import keep_edited_card
-from dinov3_hf.hub.push import PushError, create_repository, push_folder
-from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, TeacherLogits
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
+    DINOv3ForPreTraining,
+    SSLNetwork,
+    TeacherLogits,
+)
+from dinov3_hf.models.dinov3_pretraining.prototype_head import PrototypeHead
 from dinov3_hf.training.callbacks import (
     CollapseWarningCallback,
     SeenSamplesCallback,
     TeacherUpdateCallback,
     TrainingProgressCallback,
 )
-from dinov3_hf.training.checkpoints import (
-    checkpoints,
-    clean_up,
-    remove_old_checkpoints,
-    replacing_folder,
-    saving_checkpoint,
-)
-from dinov3_hf.training.clipping import clip_gradients
+from dinov3_hf.training.checkpoint_writer import STATE, CheckpointWriter
+from dinov3_hf.training.checkpoints import checkpoints, clean_up, remove_old_checkpoints, replacing_folder
+from dinov3_hf.training.engines import make_engine
 from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, LabelledImages, ask
 from dinov3_hf.training.gram_config import COPY, EMA
 from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teacher
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
-from dinov3_hf.training.memory import prepare_blocks
+from dinov3_hf.training.memory import blocks_of, prepare_blocks
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.preemption import PreemptionCallback, leave_signals_to_the_run
@@ -72,7 +76,9 @@ from dinov3_hf.training.resume import RECIPE, IntervalsOfThisRun, find_checkpoin
 from dinov3_hf.training.run_card import write_run_card
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.starting_point import StartingPoint, find_start
+from dinov3_hf.training.stream_progress import load_progress, save_progress
 from dinov3_hf.training.teacher_folder import save_teacher_folder
+from dinov3_hf.training.teacher_publisher import TeacherPublisher
 from dinov3_hf.training.unreadable_images import UnreadableImages
 
 logger = logging.getLogger(__name__)
@@ -81,7 +87,7 @@ Batch = dict[str, Any]
 Found = TypeVar("Found")
 
 
-class SSLTrainer(Trainer):
+class SSLTrainer(TeacherPublisher):
     """
     Trains [`DINOv3ForPreTraining`] on images.
 
@@ -99,7 +105,6 @@ class SSLTrainer(Trainer):
     args: SSLConfig
     train_dataset: MixedSizes
     optimizer: Optimizer | None
-    hub_model_id: str | None  # type: ignore[assignment]  # the full name, once the repository exists
     lr_scheduler: LRScheduler | None  # type: ignore[assignment]  # the Trainer says LambdaLR and takes any
 
     def __init__(
@@ -124,9 +129,27 @@ class SSLTrainer(Trainer):
             eval_dataset=self.train_images if eval_images is None else eval_images,  # the Trainer insists on some
             callbacks=callbacks,
         )
+        empty_parameters_to_buffers(model)
         prepare_blocks(model, args)
+        self.engine = make_engine(
+            args.launched,
+            args.device,
+            args.train_batch_size,
+            args.bf16,
+            args.offload_optimizer,
+            self.accelerator.autocast,
+        )
+        self.checkpoint_writer = CheckpointWriter(Path(args.output_dir or "."))
         batch_size = args.global_batch_size
-        self.sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, seed=args.seed)
+        self.sampler = StreamSampler(
+            self.train_images,
+            args.max_steps * batch_size,
+            batch_size,
+            seed=args.seed,
+            micro_batch=args.per_device_train_batch_size,
+            rank=args.process_index,
+            num_ranks=args.world_size,
+        )
         self.schedules = args.schedules()
         self.student_draws = args.student_draws()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
@@ -135,10 +158,11 @@ class SSLTrainer(Trainer):
             Path(args.output_dir or "."), self.train_images.num_images, args.max_unreadable_share
         )
         self.add_callback(SeenSamplesCallback(self.sampler))
-        self.add_callback(TeacherUpdateCallback(self.schedules, self.guard))
+        self.add_callback(TeacherUpdateCallback(self.schedules, self.guard, self.engine))
         if model.gram_teacher is not None:
-            nn.Module.to(model.gram_teacher, torch.bfloat16 if args.bf16 else torch.float32)  # it is never trained
-            self.add_callback(GramTeacherCallback(args))
+            in_half = args.bf16 and self.engine.mixes_dtypes
+            nn.Module.to(model.gram_teacher, torch.bfloat16 if in_half else torch.float32)  # it is never trained
+            self.add_callback(GramTeacherCallback(args, self.engine))
         self.add_callback(CollapseWarningCallback())
         self.add_callback(StarvationWarningCallback())
         self.add_callback(self.unreadable_images)
@@ -153,6 +177,7 @@ class SSLTrainer(Trainer):
         self.add_callback(IntervalsOfThisRun())
         self._start = start
         self._staging: Path | None = None  # while a checkpoint is written
+        self._pieces: list[Piece] = []  # for it
         self._num_parts = 1  # forward passes of the present step
         self._step_values = StepValues()
         self._means = RunningMeans()
@@ -188,10 +213,12 @@ class SSLTrainer(Trainer):
             wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
             folder = self._checkpoint_to_go_on_from(wanted)
             if folder is None:
-                self._load_start()
+                self._find_start()
                 self._load_gram_teacher()
+            self._shard()
             try:
                 outcome = super().train(resume_from_checkpoint=folder)
+                self.checkpoint_writer.wait()
             finally:
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, TrainingProgressCallback):
@@ -204,11 +231,39 @@ class SSLTrainer(Trainer):
         if gram_teacher is not None and source not in (None, COPY, EMA):
             load_gram_teacher(gram_teacher, self.args.backbone_config(), source)
 
-    def _load_start(self) -> None:
-        if self.args.start_from is not None:
-            start = self._as_first_process(lambda: self._start or find_start(self.args))
-            start.load_into(self.model)
-            start.load_optimizer(self.create_optimizer(), self.model.student)
+    def _find_start(self) -> None:
+        """What the stage starts from; a teacher goes into the whole model, a sharded state in behind the engine."""
+        if self.args.start_from is None:
+            return
+        self._start = self._as_first_process(lambda: self._start or find_start(self.args))
+        if self._start.start_with == "teacher":
+            self._start.load_teacher(self.model)
+
+    def _shard(self) -> None:
+        model = self.model
+        networks = [part for network in (model.student, model.teacher) for part in network.children()]
+        if model.gram_teacher is not None:
+            networks.append(model.gram_teacher)
+        blocks = [block for network in networks for block in blocks_of(network)]
+        layers = [layer for head in networks if isinstance(head, PrototypeHead) for layer in head.children()]
+        self.engine.shard(networks, [*blocks, *layers])
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if self.model_wrapped is not self.model:
+            return self.model_wrapped
+        wrapped = self.engine.wrap(self.model, self.adamw)
+        if wrapped is None:
+            return super()._wrap_model(model, *args, **kwargs)
+        model, self.optimizer = wrapped
+        return model
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if resume_from_checkpoint is None and self._start is not None and self._start.start_with == "state":
+            self._start.load_state(self.engine, self.model, self.adamw)
+        return prepared
 
     def _checkpoint_to_go_on_from(self, wanted: str | bool | None) -> str | None:
         return self._as_first_process(lambda: self._find_checkpoint(str(wanted) if wanted else None))
@@ -298,17 +353,18 @@ class SSLTrainer(Trainer):
                 patch_embed_lr_mult=args.patch_embed_lr_mult,
                 rates={"backbone": "backbone_lr"} if self.schedules.backbone_waits else None,
             )
-            self.optimizer = AdamW(
+            self.adamw = AdamW(
                 groups,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
                 fused=_has_fused_adamw(args.device),
             )
+            self.optimizer = self.adamw
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
-            self.lr_scheduler = RecipeScheduler(optimizer or self.create_optimizer(), self.schedules)
+            self.lr_scheduler = RecipeScheduler(self.adamw, self.schedules)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -346,31 +402,24 @@ class SSLTrainer(Trainer):
     def training_step(  # type: ignore[override]  # what get_batch_samples returns
         self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        self.current_gradient_accumulation_steps = self._num_parts  # the Trainer has counted what the loader gave
-        *first, last = inputs
+        model.train()
         losses = []
-        for part in first:
-            with self._gradients_stay_local(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        losses.append(super().training_step(model, last, num_items_in_batch))
+        for part in inputs:
+            # More gradients are to come before ranks exchange them and the optimizer moves.
+            is_last = self.accelerator.sync_gradients and part is inputs[-1]
+            with nullcontext() if is_last else self.engine.no_sync(model):
+                loss = self.compute_loss(model, self._prepare_inputs(part)) / self._num_parts
+                self.engine.backward(loss)
+            losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         # The log has the mean over good steps; the Trainer's own sum would stay NaN for the rest of the run.
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
-
-    @contextmanager
-    def _gradients_stay_local(self, model: nn.Module) -> Iterator[None]:
-        """More gradients are to come before ranks exchange them and the optimizer moves."""
-        is_last = self.accelerator.sync_gradients
-        self.accelerator.sync_gradients = False
-        with self.accelerator.no_sync(model):
-            yield
-        self.accelerator.sync_gradients = is_last
 
     def floating_point_ops(self, inputs: list[Batch]) -> int:  # type: ignore[override]
         return 0  # the Trainer would count tokens of a language model
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
-        norms = clip_gradients(self.submodules, self.args.max_grad_norm)
+        norms = self.engine.clip_gradients(self.submodules, self.args.max_grad_norm)
         self._step_values.add({f"grad_norm/{name}": norm for name, norm in norms.items()})
         norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         told = {"failures": len(self._step_failures), "preempted": self.preemption.is_told}
@@ -395,8 +444,7 @@ class SSLTrainer(Trainer):
         if self.guard.passes(self.state.global_step + 1, values, is_main):
             self._means.add(values)
             return values["grad_norm"]
-        for parameter in self.model.parameters():
-            parameter.grad = None  # AdamW then leaves weights, moments and step counts alone
+        self.engine.discard_gradients(self.model)
         return 0.0
 
     def evaluate(
@@ -411,8 +459,9 @@ class SSLTrainer(Trainer):
                 "evaluate measures by its callbacks; add_callback(KnnCallback(reference, query)) instead."
             )
         metrics: dict[str, float] = {}
+        teacher = self._whole_teacher()
         if self.is_world_process_zero():
-            numbers = ask(self.callback_handler.callbacks, self.model.teacher.backbone, self.args)
+            numbers = ask(self.callback_handler.callbacks, nn.Module.to(teacher.backbone, self.args.device), self.args)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
         metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
@@ -447,128 +496,103 @@ class SSLTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        args, step, output_dir = self.args, self.state.global_step, Path(self.args.output_dir or ".")
-        with saving_checkpoint(
-            output_dir,
-            step,
-            rank=args.process_index,
-            world_size=args.world_size,
-            wait_for_everyone=self.accelerator.wait_for_everyone,
-        ) as self._staging:
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
+        args, step = self.args, self.state.global_step
+        folder = self.checkpoint_writer.begin(step)
+        self._staging, self._pieces, error = folder.parent, [], None
+        try:
+            super()._save_checkpoint(model, trial)  # the small files
+        except Exception as own:
+            error = own  # of this rank, which the others are to hear of
+        finally:
+            self._staging = None
+        log_history, best = list(self.state.log_history), self.state.best_global_step
         # Behind a skipped step the weights may be ruined already: keep what was saved before.
-        if args.should_save and not self.guard.step_was_skipped:
-            best = self.state.best_global_step
-            remove_old_checkpoints(output_dir, step, args.save_total_limit, args.keep_every_steps, keep_step=best)
+        keep_last = None if self.guard.step_was_skipped else args.save_total_limit
+
+        def complete(checkpoint: Path) -> None:
+            teacher = self._teacher_of(StateReader(checkpoint / STATE))
+            self._write_teacher(teacher, checkpoint / "teacher", step, log_history)
+
+        def remove_old() -> None:
+            remove_old_checkpoints(folder.parent.parent, step, keep_last, args.keep_every_steps, keep_step=best)
+
+        self.checkpoint_writer.finish(step, self._pieces, complete, remove_old, error)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        self.args.save_yaml(folder / RECIPE)
-        save_fingerprint(folder, self.train_images.fingerprint())
-        self._write_teacher(folder / "teacher")
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            self.model.config.save_pretrained(folder)
+            self.args.save_yaml(folder / RECIPE)
+            save_fingerprint(folder, self.train_images.fingerprint())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        self._pieces = on_host(self.engine.pieces(self.model, self.adamw))
+        save_progress(Path(output_dir), self.args.process_index, self.sampler.progress())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: parameters come with the moments, when the engine has sharded both."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.lr_scheduler is not None
+            self.sampler.restore(load_progress(Path(checkpoint)))
+            self.engine.load(self.model, self.adamw, StateReader(Path(checkpoint) / STATE))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def empty_teacher(self) -> SSLNetwork:
+        """A network like the teacher, without values."""
+        with torch.device("meta"):
+            return SSLNetwork(self.args.pretraining_config())
+
+    def _teacher_of(self, reader: StateReader) -> SSLNetwork:
+        prefix = f"{PARAMETER}/teacher."
+        names = [name for name in reader.names() if name.startswith(prefix)]
+        return self._filled({name.removeprefix(prefix): reader.tensor(name) for name in names})
+
+    @torch.no_grad()
+    def _whole_teacher(self) -> SSLNetwork:
+        """The teacher itself, or where the engine shards it, a copy on rank 0. All ranks call it."""
+        if self.engine.holds_everything:
+            return self.model.teacher
+        is_main, tensors = self.is_world_process_zero(), {}
+        for name, tensor in self.engine.whole_tensors(self.model.teacher):
+            if is_main:
+                tensors[name] = tensor.to("cpu", copy=True)
+        return self._filled(tensors) if is_main else self.model.teacher
+
+    def _filled(self, tensors: dict[str, Tensor]) -> SSLNetwork:
+        teacher = self.empty_teacher()
+        nothing = {name: torch.empty(value.shape) for name, value in teacher.state_dict().items() if not value.numel()}
+        teacher.load_state_dict(nothing | tensors, assign=True)
+        return teacher.requires_grad_(False).eval()
 
     def save_teacher(self, folder: Path) -> None:
         """
         Write the teacher backbone as a model folder that plain `transformers` opens, with its heads beside it. A model
-        card in it that somebody has edited stays.
+        card in it that somebody has edited stays. All ranks call it, and the first one writes.
 
         Raises:
             OSError: it could not be written; the folder is as it was.
         """
-        with replacing_folder(folder) as staged:
-            keep_edited_card(folder, staged)
-            self._write_teacher(staged)
+        teacher = self._whole_teacher()
+        if self.is_world_process_zero():
+            with replacing_folder(folder) as staged:
+                keep_edited_card(folder, staged)
+                self._write_teacher(teacher, staged, self.state.global_step, self.state.log_history)
 
     def save_outcome(self, folder: Path) -> str:
         """Write what the run has come to, the last teacher, to `folder`, and return what to tell people."""
         self.save_teacher(folder)
         return f"The trained teacher is in {folder}"
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Create the repository `hub_model_id`, so that a run which cannot be published says so before it begins.
-
-        Raises:
-            PushError: the Hub cannot be reached, does not know the user, or refuses.
-        """
-        if self.is_world_process_zero():
-            args = self.args
-            self.hub_model_id = create_repository(
-                args.hub_model_id or Path(args.output_dir or ".").resolve().name,
-                private=args.hub_private_repo if private is None else private,
-                token=token or args.hub_token,
-            )
-            self.push_in_progress = None  # the Trainer waits for it
-
-    def push_to_hub(  # type: ignore[override]  # the address, as in earlier versions of the Trainer
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> str | None:
-        """
-        Write the teacher to `output_dir`/teacher and upload it: the model, not the training state.
-
-        Args:
-            commit_message: of the commit.
-            blocking: only True; the weights in the folder must not change during the upload.
-            token: of the Hub; None takes `hub_token`, or the one of `hf auth login`.
-            revision: the branch; None takes `hub_revision`, or main.
-            private: of a new repository; None takes `hub_private_repo`.
-            card: not used; the card says what is known of the run.
-
-        Returns:
-            Address of the repository; None on all ranks but the first.
-
-        Raises:
-            PushError: the upload failed. The teacher is in its folder; the message has the command that repeats it.
-        """
-        if not self.is_world_process_zero():
-            return None
-        teacher = Path(self.args.output_dir or ".") / "teacher"
-        self.save_outcome(teacher)
-        return self.push_teacher(teacher, commit_message, token, revision, private)
-
-    def push_teacher(
-        self,
-        teacher: Path,
-        message: str | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> str:
-        """What `push_to_hub` does, with a teacher that has been saved already."""
-        args = self.args
-        revision = revision or args.hub_revision
-        repository = self.hub_model_id or args.hub_model_id or Path(args.output_dir or ".").resolve().name
-        try:
-            pushed = push_folder(
-                teacher,
-                repository,
-                private=args.hub_private_repo if private is None else private,
-                revision=revision,
-                message=message,
-                token=token or args.hub_token,
-            )
-        except PushError as error:
-            branch = ["--revision", revision] if revision else []
-            command = shlex.join(["dinov3-hf", "push", str(teacher), repository, *branch])
-            raise PushError(f"{error} The command is: {command}") from error
-        return pushed.url
-
-    def _write_teacher(self, folder: Path) -> None:
-        save_teacher_folder(self.model.teacher, self.args, folder)
-        write_run_card(folder, self.args, self.state.global_step, self.state.log_history)
+    def _write_teacher(
+        self, teacher: SSLNetwork, folder: Path, step: int, log_history: list[dict[str, float]]
+    ) -> None:
+        save_teacher_folder(teacher, self.args, folder)
+        write_run_card(folder, self.args, step, log_history)
 
 
 def _has_fused_adamw(device: torch.device) -> bool:

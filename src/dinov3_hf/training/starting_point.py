@@ -11,6 +11,7 @@ the published high-resolution stage is `teacher`.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +20,22 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
+from dinov3_hf.distributed.engine import PARAMETER, Engine
+from dinov3_hf.distributed.pieces import StateReader
 from dinov3_hf.hub.architecture import WEIGHTS, open_safetensors, read_architecture, read_json
 from dinov3_hf.models.dinov3_pretraining.backbones import BACKBONES, backbone_config_from_dict
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining, SSLNetwork
 from dinov3_hf.models.same_network import network_differences
-from dinov3_hf.recipes.pages import read_recipe
+from dinov3_hf.training.checkpoint_writer import STATE
 from dinov3_hf.training.checkpoints import MANIFEST, checkpoints
-from dinov3_hf.training.param_groups import parameter_groups
-from dinov3_hf.training.resume import RECIPE, complete_checkpoint, newest_checkpoint
+from dinov3_hf.training.resume import complete_checkpoint, newest_checkpoint
 from dinov3_hf.training.ssl_config import SSLConfig
 
 StartWith = Literal["state", "teacher"]
 NETWORKS = ("student", "teacher")
 HEADS = {"dino_head": "DINO", "ibot_head": "iBOT"}
-_TEACHER, _HEADS_FILE, _OPTIMIZER = "teacher", "heads.safetensors", "optimizer.pt"
+_TEACHER, _HEADS_FILE = "teacher", "heads.safetensors"
 _NAME_ONE = "name the output folder of a run, one of its checkpoint-N, or a teacher/"
 
 
@@ -70,73 +72,35 @@ class StartingPoint:
             "student": network if of_state else "begins as the teacher",
             "teacher": "the student's moving average" if of_state else network,
             "heads": ", ".join(heads),
-            "optimizer": f"AdamW's moments of {_OPTIMIZER}" if of_state else "starts fresh",
+            "optimizer": f"AdamW's moments of {STATE}/" if of_state else "starts fresh",
             "steps": "count from 0",
         }
         listed = [f"  {name:<9}  {text}" for name, text in lines.items()]
         return "\n".join([f"Starts from {self.folder}{behind}:", *listed])
 
     @torch.no_grad()
-    def load_into(self, model: DINOv3ForPreTraining) -> None:
-        """Put the weights into student and teacher; a Gram teacher stays as it is."""
+    def load_teacher(self, model: DINOv3ForPreTraining) -> None:
+        """Put the teacher's weights into student and teacher of a whole model; a Gram teacher stays as it is."""
         weights = model.state_dict()
-        for path, prefix in _files(self.folder, self.start_with):
+        for path, prefix in _teacher_files(self.folder):
             with open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118  (no mapping)
-                    for name in _targets(prefix + key, self.start_with):
-                        if name in weights:
+                    for network in NETWORKS:
+                        if (name := f"{network}.{prefix}{key}") in weights:
                             weights[name].copy_(file.get_tensor(key))
 
-    def load_optimizer(self, optimizer: Optimizer, student: SSLNetwork) -> None:
+    def load_state(self, engine: Engine, model: DINOv3ForPreTraining, optimizer: Optimizer) -> None:
         """
-        Give AdamW the moments and step counts of the checkpoint, parameter by parameter; with `start_with` teacher
-        nothing.
-
-        Args:
-            optimizer: of `student`, in groups of any kind; learning rates and all other settings stay.
-            student: the one that is trained.
-
-        Raises:
-            ValueError: the file holds other parameters than the network has.
+        Put the weights of student and teacher into a model that the engine has sharded, and give AdamW the moments and
+        the step count of the checkpoint; a Gram teacher stays as it is, and so do fresh heads, learning rates and all
+        other settings.
         """
-        if self.start_with == "teacher":
-            return
-        states = self._states_by_name()
-        names = {parameter: name for name, parameter in student.named_parameters()}
-        ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        optimizer.load_state_dict(
-            {
-                "state": {index: states[name] for index, name in enumerate(ordered) if name in states},
-                "param_groups": optimizer.state_dict()["param_groups"],
-            }
-        )
+        reader = StateReader(self.folder / STATE)
 
-    def _states_by_name(self) -> dict[str, dict[str, Any]]:
-        """Parameter name of the student -> step, exp_avg, exp_avg_sq. The file itself knows parameters by number."""
-        path = self.folder / _OPTIMIZER
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        recipe = SSLConfig.result_fields(read_recipe(str(self.folder / RECIPE)))
-        with torch.device("meta"):
-            student = SSLNetwork(_config_of_checkpoint(self.folder))
-        waits = any(group.get("rate") == "backbone_lr" for group in saved["param_groups"])
-        groups = parameter_groups(
-            dict(student.named_children()),
-            layerwise_lr_decay=recipe["layerwise_lr_decay"],
-            patch_embed_lr_mult=recipe["patch_embed_lr_mult"],
-            rates={"backbone": "backbone_lr"} if waits else None,
-        )
-        if [_signature(group) for group in groups] != [_signature(group) for group in saved["param_groups"]]:
-            raise ValueError(
-                f"{path} holds other parameters than the network beside it; start from another checkpoint, or set "
-                "start_with: teacher."
-            )
-        names = {parameter: name for name, parameter in student.named_parameters()}
-        states = {}
-        for group, entry in zip(groups, saved["param_groups"], strict=True):
-            for parameter, number in zip(group["params"], entry["params"], strict=True):
-                if number in saved["state"]:
-                    states[names[parameter]] = saved["state"][number]
-        return states
+        def is_there(name: str) -> bool:
+            return name.partition(".")[0] in NETWORKS and reader.has(f"{PARAMETER}/{name}")
+
+        engine.load(model, optimizer, reader, is_there)
 
 
 def find_start(args: SSLConfig) -> StartingPoint:
@@ -305,15 +269,13 @@ def _check_tensors(start: StartingPoint, here: DINOv3PreTrainingConfig, remedy: 
         f"{owner}.{name}": tuple(tensor.shape)
         for owner in NETWORKS
         for name, tensor in network.state_dict().items()
-        if name.partition(".")[0] not in start.fresh_heads
+        if name.partition(".")[0] not in start.fresh_heads and tensor.numel() > 0
     }
-    found = {}
-    for path, prefix in _files(start.folder, start.start_with):
-        with open_safetensors(path) as file:
-            for key in file.keys():  # noqa: SIM118  (no mapping)
-                for name in _targets(prefix + key, start.start_with):
-                    if not any(f".{head}." in name for head in start.left_out_heads):
-                        found[name] = tuple(file.get_slice(key).get_shape())
+    found = {
+        name: shape
+        for name, shape in _shapes(start.folder, start.start_with)
+        if not any(f".{head}." in name for head in start.left_out_heads)
+    }
     for verb, names in (
         ("lacks", wanted.keys() - found.keys()),
         ("has besides the recipe's network", found.keys() - wanted.keys()),
@@ -324,20 +286,27 @@ def _check_tensors(start: StartingPoint, here: DINOv3PreTrainingConfig, remedy: 
             raise ValueError(f"{start.folder} {verb} {min(names)}{more}; {remedy}.")
 
 
-def _files(folder: Path, start_with: StartWith) -> list[tuple[Path, str]]:
-    """Files of weights, and what stands before the names in them: nothing, or the part of a network."""
-    weights = sorted(folder.glob(WEIGHTS))
+def _shapes(folder: Path, start_with: StartWith) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Which parameters of student and teacher the folder has."""
     if start_with == "state":
-        return [(path, "") for path in weights]
-    backbone = [*weights, *folder.glob("extras.safetensors")]
+        reader = StateReader(folder / STATE)
+        for name in reader.names():
+            kind, _, parameter = name.partition("/")
+            if kind == PARAMETER and parameter.partition(".")[0] in NETWORKS:
+                yield parameter, reader.shape(name)
+        return
+    for path, prefix in _teacher_files(folder):
+        with open_safetensors(path) as file:
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                for network in NETWORKS:
+                    if 0 not in (shape := file.get_slice(key).get_shape()):
+                        yield f"{network}.{prefix}{key}", tuple(shape)
+
+
+def _teacher_files(folder: Path) -> list[tuple[Path, str]]:
+    """Files of weights, and what stands before the names in them: the backbone, or nothing."""
+    backbone = [*sorted(folder.glob(WEIGHTS)), *folder.glob("extras.safetensors")]
     return [*((path, "backbone.") for path in backbone), (folder / _HEADS_FILE, "")]
-
-
-def _targets(name: str, start_with: StartWith) -> list[str]:
-    """Which weights of the model a tensor becomes; in a checkpoint its own, and none if a Gram teacher's."""
-    if start_with == "teacher":
-        return [f"{network}.{name}" for network in NETWORKS]
-    return [name] if name.partition(".")[0] in NETWORKS else []
 
 
 def _step_of(folder: Path) -> int | None:
@@ -347,7 +316,3 @@ def _step_of(folder: Path) -> int | None:
             step: int = read_json(holder / name)[entry]
             return step
     return None
-
-
-def _signature(group: dict[str, Any]) -> tuple[int, float, float]:
-    return len(group["params"]), group["lr_multiplier"], group["weight_decay_multiplier"]

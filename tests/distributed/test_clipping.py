@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov3_hf.training.clipping import clip_gradients
+from dinov3_hf.distributed.engine import Engine
 
 
 def modules_with_gradients() -> dict[str, nn.Module]:
@@ -22,7 +22,7 @@ def norm_of(module: nn.Module) -> torch.Tensor:
 def test_each_submodule_is_clipped_on_its_own():
     modules = modules_with_gradients()
     before = {name: norm_of(module) for name, module in modules.items()}
-    norms = clip_gradients(modules, max_norm=3.0)
+    norms = Engine().clip_gradients(modules, max_norm=3.0)
     assert list(norms) == ["backbone", "dino_head", "ibot_head"]
     for name, module in modules.items():
         assert norms[name].shape == ()
@@ -33,11 +33,11 @@ def test_each_submodule_is_clipped_on_its_own():
 def test_zero_measures_only():
     modules = modules_with_gradients()
     before = {name: norm_of(module) for name, module in modules.items()}
-    norms = clip_gradients(modules, max_norm=0)
+    norms = Engine().clip_gradients(modules, max_norm=0)
     for name, module in modules.items():
         torch.testing.assert_close(norms[name], before[name])
         assert torch.equal(norm_of(module), before[name])
 
 
 def test_a_submodule_without_gradients_has_norm_zero():
-    assert clip_gradients({"backbone": nn.Linear(2, 2)}, max_norm=3.0)["backbone"] == pytest.approx(0.0)
+    assert Engine().clip_gradients({"backbone": nn.Linear(2, 2)}, max_norm=3.0)["backbone"] == pytest.approx(0.0)

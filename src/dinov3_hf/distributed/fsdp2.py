@@ -1,0 +1,101 @@
+"""Sharding by PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`), on GPUs and on CPUs alike."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dinov3_hf.distributed.engine import MOMENTS, Engine, Shard, ShardedModel, clip_shards
+from dinov3_hf.distributed.reductions import rank, world_size
+
+
+class FSDP2Engine(Engine):
+    """
+    Every network is a root of its own, so that they can be called in any order, a head without its backbone too.
+
+    Shards are float32, and so is the reduction of gradients. In bf16, blocks are gathered in bfloat16, what stands
+    outside of blocks in float32.
+
+    Args:
+        device: of this rank.
+        bf16: whether forwards run under bf16 autocast.
+        offload: keep shards, gradients and moments in the memory of the host.
+        autocast: gives the context of each forward.
+    """
+
+    name = "fsdp2"
+    holds_everything = False
+
+    def __init__(
+        self, device: torch.device, bf16: bool, offload: bool, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.device = device
+        self.bf16 = bf16
+        self.offload = offload
+        self.autocast = autocast
+        self.networks: list[FSDPModule] = []
+
+    def shard(self, networks: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
+        if self.networks:
+            return  # by an earlier call
+        mesh = init_device_mesh(self.device.type, (world_size(),))
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        # Inputs keep their dtype: the residual stream is float32 under autocast.
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        full = MixedPrecisionPolicy(cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=half if self.bf16 else full, offload_policy=offload)
+        for network in networks:
+            # A root that stayed gathered would not see what is written to its shards after the step.
+            self.networks.append(
+                fully_shard(network, mesh=mesh, mp_policy=full, offload_policy=offload, reshard_after_forward=True)
+            )
+
+    def wrap(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        return ShardedModel(model, self.autocast, self._gradients_stay_local), optimizer
+
+    @contextmanager
+    def _gradients_stay_local(self) -> Iterator[None]:
+        for network in self.networks:
+            network.set_requires_gradient_sync(False)
+        yield
+        for network in self.networks:
+            network.set_requires_gradient_sync(True)
+
+    def clip_gradients(self, submodules: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
+        gradients = {
+            name: [_local(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+            for name, module in submodules.items()
+        }
+        return clip_shards(gradients, max_norm)
+
+    def parameter_shard(self, parameter: nn.Parameter) -> Shard:
+        return _shard(parameter.detach())
+
+    def moment_shards(self, parameter: nn.Parameter, optimizer: Optimizer) -> dict[str, Shard]:
+        state = optimizer.state.get(parameter)
+        return {name: _shard(state[name]) for name in MOMENTS} if state else {}
+
+    def whole_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in module.named_parameters():
+            assert isinstance(parameter, DTensor)
+            yield name, parameter.full_tensor().detach()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def _shard(tensor: Tensor) -> Shard:
+    """Rows are dealt to the ranks in blocks of ceil(rows / ranks)."""
+    rows = tensor.shape[0]
+    per_rank = -(-rows // world_size())
+    first = min(rank() * per_rank, rows)
+    return Shard(first * (tensor.numel() // rows if rows else 0), _local(tensor).view(-1))
