@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextLayer
@@ -21,6 +21,11 @@ from dinov3_hf.training.precision import Recomputation
 from dinov3_hf.training.recipe_config import RecipeConfig
 
 Forward = Callable[..., Any]
+
+# All blocks share the code that is compiled, and torch stops compiling at 8 variants of it, in silence but for a
+# warning. A ViT with a Gram teacher has that many already: three networks, each first with sizes as they are and then
+# with sizes left open, the first block by itself. A ConvNeXt has them for each stage.
+MAX_VARIANTS = 64
 
 _aten = torch.ops.aten
 # What selective recomputation keeps: nearly all arithmetic of a block is in these. Attention written out (`eager`) is
@@ -70,10 +75,13 @@ def set_forwards(backbone: nn.Module, recomputation: Recomputation, compiled: bo
     Args:
         backbone: a DINOv3 ViT or ConvNeXt.
         recomputation: what the backward pass computes anew: `none`, `full` all of a block from its input, `selective`
-            what is not in `EXPENSIVE`. Results are the same bits.
+            what is not in `EXPENSIVE`. Results are the same bits, but for a ConvNeXt under autocast, whose gradients
+            `selective` adds up over crop sizes in float32 instead of bfloat16.
         compiled: by `torch.compile`, for the first sizes as they are and for all later ones with sizes left open, so
             that a run with crops of many sizes compiles twice.
     """
+    if compiled:
+        torch._dynamo.config.recompile_limit = MAX_VARIANTS
     for block in blocks_of(backbone):
         block.__dict__.pop("forward", None)
         if recomputation == "none" and not compiled:
@@ -88,14 +96,23 @@ def set_forwards(backbone: nn.Module, recomputation: Recomputation, compiled: bo
 
 
 def _recomputed(forward: Forward, selective: bool) -> Forward:
-    # Two functions rather than one with an option: the compiler wants to see the contexts by name.
+    @wraps(forward)
+    def uncached(block: nn.Module, inputs: Tensor, *others: Any) -> Any:
+        device = inputs.device.type
+        bf16, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # Autocast casts a weight once for all crop sizes that go through a ConvNeXt one after the other. Recomputing
+        # has to cast it for each, and to find in the forward pass what it repeats.
+        with torch.autocast(device, dtype, enabled=bf16, cache_enabled=False):
+            return forward(block, inputs, *others)
+
+    # Two functions rather than one with an option: the compiler takes the contexts only by name.
     @wraps(forward)
     def recomputed(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(forward, block, *inputs, use_reentrant=False)
 
     @wraps(forward)
     def partly_recomputed(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=_keep_expensive)
+        return checkpoint(uncached, block, *inputs, use_reentrant=False, context_fn=_keep_expensive)
 
     return partly_recomputed if selective else recomputed
 
