@@ -41,13 +41,16 @@ class Engine:
     holds_everything = True  # on every rank
     mixes_dtypes = True  # a network may be bfloat16 beside others of float32
 
-    def shard(self, networks: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
+    def shard(
+        self, networks: Sequence[nn.Module], blocks: Sequence[nn.Module], products: Sequence[nn.Module] = ()
+    ) -> None:
         """
         Cut the parameters, in place, before the optimizer is made.
 
         Args:
             networks: everything that has parameters; each is called on its own, in any order.
             blocks: modules inside them that are gathered one at a time.
+            products: modules inside of blocks, or beside them, whose parameters autocast would all make bfloat16.
         """
 
     def wrap(self, model: nn.Module, optimizer: Optimizer) -> "tuple[nn.Module, Any] | None":

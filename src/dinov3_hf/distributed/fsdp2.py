@@ -19,8 +19,8 @@ class FSDP2Engine(Engine):
     """
     Every network is a root of its own, so that they can be called in any order, a head without its backbone too.
 
-    Shards are float32, and so is the reduction of gradients. In bf16, blocks are gathered in bfloat16, what stands
-    outside of blocks in float32.
+    Shards are float32, and so is the reduction of gradients. In bf16, weights of matrix products are gathered in
+    bfloat16, all others in float32, so that autocast finds what it would have made.
 
     Args:
         device: of this rank.
@@ -41,7 +41,9 @@ class FSDP2Engine(Engine):
         self.autocast = autocast
         self.networks: list[FSDPModule] = []
 
-    def shard(self, networks: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
+    def shard(
+        self, networks: Sequence[nn.Module], blocks: Sequence[nn.Module], products: Sequence[nn.Module] = ()
+    ) -> None:
         if self.networks:
             return  # by an earlier call
         mesh = init_device_mesh(self.device.type, (world_size(),))
@@ -49,8 +51,11 @@ class FSDP2Engine(Engine):
         # Inputs keep their dtype: the residual stream is float32 under autocast.
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         full = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self.bf16:
+            for module in products:
+                fully_shard(module, mesh=mesh, mp_policy=half, offload_policy=offload)
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=half if self.bf16 else full, offload_policy=offload)
+            fully_shard(block, mesh=mesh, mp_policy=full, offload_policy=offload)
         for network in networks:
             # A root that stayed gathered would not see what is written to its shards after the step.
             self.networks.append(

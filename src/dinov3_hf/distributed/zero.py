@@ -54,6 +54,7 @@ class ZeroEngine(Engine):
         self.holds_everything = stage == 2
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists; not every launcher sets it
         self.config = _config(stage, config, batch_size, bf16, offload)
         self._engine: Any = None
 

@@ -68,6 +68,20 @@ def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
     return (module for module in backbone.modules() if isinstance(module, DINOv3ViTLayer | DINOv3ConvNextLayer))
 
 
+def products_of(backbone: nn.Module) -> list[nn.Module]:
+    """The largest modules inside of blocks that have parameters of linear layers only: attention, MLP."""
+    return [module for block in blocks_of(backbone) for module in _largest_linear(block)]
+
+
+def _largest_linear(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        owners = [part for part in child.modules() if part._parameters]
+        if owners and all(isinstance(owner, nn.Linear) for owner in owners):
+            yield child
+        else:
+            yield from _largest_linear(child)
+
+
 def set_forwards(backbone: nn.Module, recomputation: Recomputation, compiled: bool) -> None:
     """
     Give each block of a backbone its forward.

@@ -67,7 +67,7 @@ from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, Labe
 from dinov3_hf.training.gram_config import COPY, EMA
 from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teacher
 from dinov3_hf.training.guards import DataWait, NonFiniteGuard, StarvationWarningCallback, peak_memory
-from dinov3_hf.training.memory import blocks_of, prepare_blocks
+from dinov3_hf.training.memory import blocks_of, prepare_blocks, products_of
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.preemption import PreemptionCallback, leave_signals_to_the_run
@@ -245,8 +245,12 @@ class SSLTrainer(TeacherPublisher):
         if model.gram_teacher is not None:
             networks.append(model.gram_teacher)
         blocks = [block for network in networks for block in blocks_of(network)]
-        layers = [layer for head in networks if isinstance(head, PrototypeHead) for layer in head.children()]
-        self.engine.shard(networks, [*blocks, *layers])
+        products = [
+            module
+            for network in networks
+            for module in (network.children() if isinstance(network, PrototypeHead) else products_of(network))
+        ]
+        self.engine.shard(networks, blocks, products)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if self.model_wrapped is not self.model:
