@@ -1,8 +1,9 @@
-"""Runs `training_scripts/pretrain.py` in forked children, so that its imports are paid once.
+"""Runs scripts of `training_scripts/` in forked children, so that their imports are paid once.
 
 Reads one JSON line a request, and answers with one line:
 
-    {"arguments": [...], "log": file, "file_size": bytes or null, "environment": {...}}   pid of the run
+    {"arguments": [...], "log": file, "file_size": bytes or null, "environment": {...}, "script": "pretrain.py"}
+                                                                    pid of the run
     {"wait": pid}                                                   its exit status, negative for a signal
     {"command": [...]}                                              exit status of another program
 """
@@ -16,11 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "training_scripts" / "pretrain.py"
+SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 
 
 def main() -> None:
-    pretrain = load(SCRIPT)
+    scripts = {name: load(SCRIPTS / name) for name in ("pretrain.py", "gram_anchor.py")}
+    import_what_they_import()
     for request in map(json.loads, sys.stdin):
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
@@ -30,16 +32,19 @@ def main() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                run_in_child(pretrain, **request)
+                run_in_child(scripts[request.pop("script", "pretrain.py")], **request)
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 
 
 def load(path: Path):
-    spec = importlib.util.spec_from_file_location("pretrain", path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # What the script's main imports.
+    return module
+
+
+def import_what_they_import() -> None:
     import sklearn.datasets  # noqa: F401
     import torch
 
@@ -47,11 +52,10 @@ def load(path: Path):
     import dinov3_hf.training.arguments  # noqa: F401
 
     torch.set_num_threads(1)
-    return module
 
 
 def run_in_child(
-    pretrain, arguments: list[str], log: str, file_size: int | None = None, environment: dict[str, str] | None = None
+    script, arguments: list[str], log: str, file_size: int | None = None, environment: dict[str, str] | None = None
 ) -> None:
     os.environ.update(environment or {})
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -62,7 +66,7 @@ def run_in_child(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     status = 0
     try:
-        pretrain.run(pretrain.main, arguments)
+        script.run(script.main, arguments)
     except SystemExit as ended:
         status = ended.code
     sys.stdout.flush()

@@ -28,7 +28,7 @@ def runner(tmp_path_factory):
 class Ranks:
     """The processes of one run, one or several, with the status of each."""
 
-    def __init__(self, runner: Runner, run: Path, num_ranks: int, *arguments: str):
+    def __init__(self, runner: Runner, run: Path, num_ranks: int, *arguments: str, script: str = "pretrain.py"):
         self.runner = runner
         words = [str(runner.recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto", *arguments]
         with socket.socket() as free:
@@ -41,9 +41,8 @@ class Ranks:
             environment = {name: str(value) for name, value in places.items()} | rendezvous
             log = runner.log.with_name(f"log-{rank}")
             self.logs.append(log)
-            self.pids.append(
-                runner.ask(arguments=words, log=str(log), environment=environment if num_ranks > 1 else {})
-            )
+            options = {"log": str(log), "environment": environment if num_ranks > 1 else {}, "script": script}
+            self.pids.append(runner.ask(arguments=words, **options))
 
     def wait_for_handlers(self) -> None:
         """Until every process takes note of signals: before, they end it as they end any program."""
