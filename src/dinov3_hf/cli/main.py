@@ -21,6 +21,10 @@ COMMANDS = {
         "dinov3_hf.cli.visualize",
         "Make a picture of what the features of a model tell apart, or of their course in a run.",
     ),
+    "plan": (
+        "dinov3_hf.cli.plan",
+        "Memory, time, energy and limits of a run on GPUs that you do not have yet.",
+    ),
     "push": ("dinov3_hf.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
 }
 
