@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 MACHINE = ("images_per_second", "data/wait_share", "memory/peak_gib")
 STEPS = 8
+STATE = "state/rank-00000-of-00001.safetensors"  # of a run of one process
 
 # Prototypes make checkpoints heavy (16 MB) and steps not.
 RECIPE = f"""
@@ -140,7 +141,9 @@ def losses(state_file: Path) -> list[dict[str, float]]:
 def assert_same_end(run: Path, whole: Path) -> None:
     assert len(losses(whole / "trainer_state.json")) == STEPS
     assert losses(run / "trainer_state.json") == losses(whole / "trainer_state.json")
-    for name in (f"checkpoint-{STEPS}/model.safetensors", "teacher/model.safetensors", "teacher/heads.safetensors"):
+    states = sorted(path.relative_to(whole) for path in whole.glob(f"checkpoint-{STEPS}/state/*.safetensors"))
+    assert states
+    for name in (*states, "teacher/model.safetensors", "teacher/heads.safetensors"):
         ours, theirs = load_file(run / name), load_file(whole / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
@@ -219,12 +222,12 @@ def test_mixed_sizes_are_killed(runner, tmp_path):
 
 def test_newest_checkpoint_is_truncated(runner, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
-    weights = run / f"checkpoint-{STEPS}" / "model.safetensors"
+    weights = run / f"checkpoint-{STEPS}" / STATE
     os.truncate(weights, weights.stat().st_size - 1)
     runner.finish(run)
     said = [line for line in runner.log.read_text().splitlines() if "Ignored as incomplete" in line]
     assert len(said) == 1
-    assert f"checkpoint-{STEPS} (model.safetensors has" in said[0]
+    assert f"checkpoint-{STEPS} ({STATE} has" in said[0]
     assert said[0].endswith(f"going on from checkpoint-{STEPS - 2}.")
     assert_same_end(run, whole)
 
@@ -238,7 +241,7 @@ def assert_one_line(text: str) -> str:
 
 
 def test_no_room_for_a_file(runner, whole, tmp_path):
-    limit = (whole / f"checkpoint-{STEPS}" / "model.safetensors").stat().st_size - 1
+    limit = (whole / f"checkpoint-{STEPS}" / STATE).stat().st_size - 1
     run = tmp_path / "run"
     pid = runner.start(run, file_size=limit)
     assert runner.wait(pid) == 1
