@@ -13,6 +13,7 @@ from dinov3_hf.data.sources.lanes import ReadAhead
 from dinov3_hf.data.sources.spec import load_images
 from tests.data.sources.serving import FOR_EVER, serving
 from tests.data.sources.test_stream import BATCH, LENGTHS, TOTAL, decoded, place_of, sampler_of, write_shards
+from tests.data.sources.writing import write_tar
 from tests.testing_utils import require_package
 
 pytestmark = [require_package("datasets"), require_package("pyarrow"), require_package("aiohttp")]
@@ -152,12 +153,34 @@ def test_when_every_shard_fails_the_run_ends_with_a_line(server, kind):
     keys = iter(sampler_of(stream, 10_000))
     next(keys)
     server.missing.update({f"{i}.{kind}": FOR_EVER for i in range(6)})
-    message = rf"cannot be read any more: 6 shards one after the other failed, the last http.*{kind} \(404"
+    message = rf"cannot be read any more: 6 shards failed one after the other, the last http.*{kind} \(404"
     with pytest.raises(ValueError, match=message) as caught:
         list(keys)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"cannot be streamed \(404.*\); check the address and the files"):
         open_remote(server, kind)
+
+
+def test_a_single_shard_that_breaks_off(tmp_path):
+    path = write_tar(tmp_path / "0.tar", range(20))
+    path.write_bytes(path.read_bytes()[:20_000])
+    stream = load_images(f"stream:{path}")
+    stream.shuffle_buffer = 1
+    num_left = len(stream)
+    assert 0 < num_left < 20
+    sampler = sampler_of(stream, 3 * num_left, batch_size=4)
+    keys = list(sampler)
+    assert [decoded(key) for key in keys] == [*range(num_left)] * 3
+    assert [key.position for key in keys if key.failures] == [num_left, 2 * num_left]
+    for num_seen in range(3 * num_left):
+        resumed = sampler_of(stream, 3 * num_left, batch_size=4)
+        resumed.num_seen = num_seen
+        # In the first pass also where a run was stopped before it had given the shard up.
+        resumed.restore(sampler.progress() if num_seen > num_left else [])
+        assert list(resumed)[num_seen:] == keys[num_seen:]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"any more: 1 shard failed one after the other, the last .*tar \(.*No such"):
+        list(sampler_of(stream, 100, batch_size=4))
 
 
 def test_what_is_no_shard_at_all(tmp_path, kind):

@@ -128,7 +128,7 @@ class Lane:
 
     def _read(self, skip: int) -> Iterator[StreamedImage | _Failure]:
         """The images in the order of the shards without the first `skip`, and shards that fail where they do."""
-        dead: set[int] = set()  # shards that failed without an image since the last image
+        dead: set[int] = set()  # shards that have failed without giving an image since there was one
         for turn in itertools.count():
             known = self.ledger.rows[turn] if turn < len(self.ledger.rows) else None
             if known is not None and known < skip:
@@ -148,7 +148,7 @@ class Lane:
                         row = sum(1 for _ in self._rows(self.shards[shard], 0, None))
                 except Exception as error:
                     self.ledger.failed[turn] = reason(error)
-                    if row == skip:
+                    if row == 0:
                         dead.add(shard)
                 skip = max(0, skip - row)
                 self.ledger.rows[turn : turn + 1] = [row]
@@ -156,8 +156,9 @@ class Lane:
                 yield _Failure(self.shards[shard].name, self.ledger.failed[turn])
             if len(dead) == min(len(self.shards), MAX_DEAD_SHARDS):
                 raise ValueError(
-                    f"{self.data} cannot be read any more: {len(dead)} shards one after the other failed, the last "
-                    f"{self.shards[shard].name} ({self.ledger.failed[turn]}); {CHECK}, then resume."
+                    f"{self.data} cannot be read any more: {len(dead)} shard{'s' if len(dead) > 1 else ''} failed one "
+                    f"after the other, the last {self.shards[shard].name} ({self.ledger.failed[turn]}); {CHECK}, "
+                    "then resume."
                 )
 
     def _dealt(self, turn: int) -> tuple[int, int]:

@@ -188,8 +188,15 @@ def _first_readable(files: Sequence[str], data: str, look: Callable[[str], Found
 
 
 def _first_names(file: str) -> list[str]:
+    names: list[str] = []
     with _opened(file) as opened, _opened_tar(opened, file) as tar:
-        return [member.name for member in islice(_members(tar, IMAGE_SUFFIXES + ARRAY_SUFFIXES), NUM_MEMBERS_TRIED)]
+        try:
+            for member in islice(_members(tar, IMAGE_SUFFIXES + ARRAY_SUFFIXES), NUM_MEMBERS_TRIED):
+                names.append(member.name)
+        except Exception:
+            if not names:
+                raise
+    return names
 
 
 def _schema(file: str) -> Any:
