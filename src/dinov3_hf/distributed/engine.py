@@ -227,25 +227,25 @@ class ShardedModel(nn.Module):
             return self.module(*args, **kwargs)
 
 
-def clip_shards(gradients: Mapping[str, Sequence[Tensor]], max_norm: float) -> dict[str, Tensor]:
+def clip_shards(gradients: Mapping[str, Sequence[Tensor]], max_norm: float, device: torch.device) -> dict[str, Tensor]:
     """
     What `Engine.clip_gradients` does, for gradients of which each rank holds a part.
 
     Args:
-        gradients: name -> this rank's parts, changed in place.
+        gradients: name -> this rank's parts, changed in place; they may be in the memory of the host.
         max_norm: 0 measures only.
+        device: where ranks meet.
     """
-    squares = [
-        torch.stack([part.float().square().sum() for part in parts]).sum() if parts else None
-        for parts in gradients.values()
-    ]
-    device = next(part.device for parts in gradients.values() for part in parts)
-    sums = torch.stack([torch.zeros((), device=device) if square is None else square for square in squares])
-    norms = all_reduce_sum(sums).sqrt()  # (names,)
+    squares = torch.zeros(len(gradients), device=device)
+    for index, parts in enumerate(gradients.values()):
+        if parts:
+            squares[index] = torch.stack(torch._foreach_norm(list(parts))).float().square().sum()
+    norms = all_reduce_sum(squares).sqrt()  # (names,)
     if max_norm > 0:
-        for norm, parts in zip(norms, gradients.values(), strict=True):
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        for factor, parts in zip(factors, gradients.values(), strict=True):
             if parts:
-                torch._foreach_mul_(list(parts), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+                torch._foreach_mul_(list(parts), factor.to(parts[0].device))
     return dict(zip(gradients, norms, strict=True))
 
 

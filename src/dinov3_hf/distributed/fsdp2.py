@@ -78,7 +78,7 @@ class FSDP2Engine(Engine):
             name: [_local(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
             for name, module in submodules.items()
         }
-        return clip_shards(gradients, max_norm)
+        return clip_shards(gradients, max_norm, self.device)
 
     def parameter_shard(self, parameter: nn.Parameter) -> Shard:
         return _shard(parameter.detach())

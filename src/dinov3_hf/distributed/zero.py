@@ -51,6 +51,7 @@ class ZeroEngine(Engine):
     ) -> None:
         self.name = f"zero{stage}"
         self.stage = stage
+        self.device = device
         self.holds_everything = stage == 2
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
@@ -81,7 +82,7 @@ class ZeroEngine(Engine):
         gradients: dict[str, list[Tensor]] = {name: [] for name in submodules}
         for parameter, gradient in self._gradients():
             gradients[owner[id(parameter)]].append(gradient)
-        return clip_shards(gradients, max_norm)
+        return clip_shards(gradients, max_norm, self.device)
 
     def discard_gradients(self, model: nn.Module) -> None:
         # DeepSpeed leaves out a step whose gradients are not finite, and cleans up behind it.

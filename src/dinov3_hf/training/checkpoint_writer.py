@@ -99,6 +99,11 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
+    def settle(self, seconds: float) -> None:
+        """Let the last checkpoint come to its end where something else has gone wrong, which is to be heard of."""
+        if self._thread is not None:
+            self._thread.join(seconds)  # other ranks may be gone
+
     def _run(
         self,
         step: int,

@@ -83,6 +83,7 @@ from dinov3_hf.training.unreadable_images import UnreadableImages
 
 logger = logging.getLogger(__name__)
 
+SECONDS_TO_SETTLE = 60.0
 Batch = dict[str, Any]
 Found = TypeVar("Found")
 
@@ -141,15 +142,8 @@ class SSLTrainer(TeacherPublisher):
         )
         self.checkpoint_writer = CheckpointWriter(Path(args.output_dir or "."))
         batch_size = args.global_batch_size
-        self.sampler = StreamSampler(
-            self.train_images,
-            args.max_steps * batch_size,
-            batch_size,
-            seed=args.seed,
-            micro_batch=args.per_device_train_batch_size,
-            rank=args.process_index,
-            num_ranks=args.world_size,
-        )
+        share = (args.per_device_train_batch_size, args.process_index, args.world_size)
+        self.sampler = StreamSampler(self.train_images, args.max_steps * batch_size, batch_size, args.seed, *share)
         self.schedules = args.schedules()
         self.student_draws = args.student_draws()
         self.photometric = Photometric(args.image_mean, args.image_std).to(args.device)
@@ -220,6 +214,7 @@ class SSLTrainer(TeacherPublisher):
                 outcome = super().train(resume_from_checkpoint=folder)
                 self.checkpoint_writer.wait()
             finally:
+                self.checkpoint_writer.settle(SECONDS_TO_SETTLE)
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, TrainingProgressCallback):
                         callback.close()
