@@ -236,11 +236,11 @@ def clip_shards(gradients: Mapping[str, Sequence[Tensor]], max_norm: float, devi
         max_norm: 0 measures only.
         device: where ranks meet.
     """
-    squares = torch.zeros(len(gradients), device=device)
+    squares = torch.zeros(len(gradients), dtype=torch.float64, device=device)  # of small numbers
     for index, parts in enumerate(gradients.values()):
         if parts:
-            squares[index] = torch.stack(torch._foreach_norm(list(parts))).float().square().sum()
-    norms = all_reduce_sum(squares).sqrt()  # (names,)
+            squares[index] = torch.stack(torch._foreach_norm(list(parts))).double().square().sum()
+    norms = all_reduce_sum(squares).sqrt().float()  # (names,)
     if max_norm > 0:
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         for factor, parts in zip(factors, gradients.values(), strict=True):
