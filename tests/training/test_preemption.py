@@ -10,7 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from dinov3_hf.training.checkpoints import checkpoints
 from dinov3_hf.training.preemption import SIGNALS, Preempted, PreemptionCallback
-from tests.training.test_ssl_trainer import make_trainer
+from dinov3_hf.training.resume import find_checkpoint
+from tests.training.test_ssl_trainer import make_args, make_trainer
 
 
 class Signal(TrainerCallback):
@@ -45,6 +46,19 @@ def test_saves_behind_the_step_and_goes_on(tmp_path, number, step, caplog):
     resumed.train(resume_from_checkpoint="auto")
     assert resumed.state.global_step == 6
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_auto_starts_afresh_without_a_complete_checkpoint(tmp_path, caplog):
+    args = make_args(tmp_path)
+    assert find_checkpoint("auto", args, {}) is None
+    assert caplog.messages == []
+    (tmp_path / "checkpoint-2").mkdir()
+    assert find_checkpoint("auto", args, {}) is None
+    assert caplog.messages == [
+        f"{tmp_path} holds no complete checkpoint: checkpoint-2 (manifest.json is missing); starting afresh."
+    ]
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+        find_checkpoint("last", args, {})
 
 
 def test_a_further_signal_ends_the_process(monkeypatch):
