@@ -22,7 +22,7 @@ from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.layers import is_plain_linear
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.forward_draws import StudentDraws
-from dinov3_hf.training.memory import blocks_of, prepare_blocks, set_forwards, use_float8
+from dinov3_hf.training.memory import blocks_of, prepare_blocks, products_of, set_forwards, use_float8
 from tests.reference.processes import run_in_processes
 from tests.testing_utils import require_package
 from tests.training.test_ssl_trainer import losses, make_trainer
@@ -309,6 +309,14 @@ def sharded_step(recomputation: str, float8: bool) -> dict[str, Tensor]:
     found_loss, found = take_step(model, bf16=True)
     found = {name: grad.full_tensor() for name, grad in found.items()}
     return {"loss": found_loss - loss, "grads": torch.tensor(distance(found, grads))}
+
+
+def test_nothing_inside_of_a_recomputed_block_is_hooked():
+    model = make_model("vit")
+    prepare_blocks(model, recipe("selective"))
+    teacher = model.teacher.backbone
+    assert products_of(model.student.backbone) == []
+    assert products_of(teacher) == [part for block in teacher.layer for part in (block.attention, block.mlp)]
 
 
 @pytest.mark.parametrize(

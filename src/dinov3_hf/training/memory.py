@@ -69,8 +69,12 @@ def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:
 
 
 def products_of(backbone: nn.Module) -> list[nn.Module]:
-    """The largest modules inside of blocks that have parameters of linear layers only: attention, MLP."""
-    return [module for block in blocks_of(backbone) for module in _largest_linear(block)]
+    """
+    The largest modules inside of blocks that have parameters of linear layers only: attention, MLP. There are none of
+    blocks with a forward of their own: hooks on what is inside would be recomputed, or compiled, with the rest.
+    """
+    blocks = (block for block in blocks_of(backbone) if "forward" not in block.__dict__)
+    return [module for block in blocks for module in _largest_linear(block)]
 
 
 def _largest_linear(module: nn.Module) -> Iterator[nn.Module]:
