@@ -15,9 +15,12 @@ from PIL import Image
 
 from dinov3_hf.cli.errors import run
 from dinov3_hf.cli.main import parse_and_run
+from dinov3_hf.distributed.engine import PARAMETER
+from dinov3_hf.distributed.pieces import StateReader
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from dinov3_hf.training.checkpoint_writer import STATE
 
 REPOSITORY = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -45,6 +48,19 @@ def require_hub(test):
 def require_package(name: str):
     """Skip where the package that is imported as `name` is not installed."""
     return pytest.mark.skipif(find_spec(name) is None, reason=f"needs {name}")
+
+
+def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors in state/ of a checkpoint-N: param/NAME, exp_avg/NAME, exp_avg_sq/NAME and num_steps."""
+    reader = StateReader(checkpoint / STATE)
+    return {name: reader.tensor(name) for name in reader.names()}
+
+
+def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The parameters among them, by their names in the model."""
+    prefix = f"{PARAMETER}/"
+    state = saved_state(checkpoint)
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 
 
 def run_python(*arguments: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:

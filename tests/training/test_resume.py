@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
@@ -17,8 +17,10 @@ from dinov3_hf.training.checkpoints import MANIFEST, write_manifest
 from dinov3_hf.training.resume import find_checkpoint, save_fingerprint
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
+from tests.testing_utils import saved_state, saved_weights
 from tests.training.test_ssl_trainer import BACKBONE, HEAD, make_args, make_trainer
 
+STATE = "state/rank-00000-of-00001.safetensors"  # of a run of one process
 FINGERPRINT = {"images": 1442, "names": "digits"}
 
 
@@ -72,16 +74,22 @@ def test_goes_on_bitwise(tmp_path, num_workers, micro_batch):
     resumed.train(resume_from_checkpoint="last")
     assert len(log_of(whole)) == 6
     assert log_of(resumed) == log_of(whole)
-    assert not same_tensors(load_file(tmp_path / "checkpoint-2" / "model.safetensors"), whole.model.state_dict())
-    for name in ("model.safetensors", "teacher/model.safetensors", "teacher/heads.safetensors"):
-        ours, theirs = (load_file(tmp_path / folder / name) for folder in ("checkpoint-6", "whole-6"))
+    assert not same_tensors(saved_weights(tmp_path / "checkpoint-2"), whole.model.state_dict())
+    folders = [tmp_path / name for name in ("checkpoint-6", "whole-6")]
+    for name in ("teacher/model.safetensors", "teacher/heads.safetensors"):
+        ours, theirs = (load_file(folder / name) for folder in folders)
         assert same_tensors(ours, theirs), name
-    for name in ("optimizer.pt", "scheduler.pt"):
-        ours, theirs = (
-            torch.load(tmp_path / folder / name, weights_only=True) for folder in ("checkpoint-6", "whole-6")
-        )
-        assert ours.pop("param_groups", None) == theirs.pop("param_groups", None)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+    ours, theirs = (saved_state(folder) for folder in folders)
+    assert {name.partition("/")[0] for name in ours} == {"param", "exp_avg", "exp_avg_sq", "num_steps"}
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    ours, theirs = (torch.load(folder / "scheduler.pt", weights_only=True) for folder in folders)
+    assert ours == theirs
+    assert groups_of(resumed) == groups_of(whole)
+
+
+def groups_of(trainer) -> list[dict]:
+    """Settings of the optimizer's parameter groups."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in trainer.adamw.param_groups]
 
 
 def same_tensors(ours, theirs) -> bool:
@@ -119,18 +127,18 @@ def test_a_finished_run_takes_no_further_step(run):
     trainer = make_trainer(run, save_strategy="steps", save_steps=2)
     trainer.train(resume_from_checkpoint="last")
     assert trainer.state.global_step == 6
-    assert same_tensors(load_file(run / "checkpoint-6" / "model.safetensors"), trainer.model.state_dict())
+    assert same_tensors(saved_weights(run / "checkpoint-6"), trainer.model.state_dict())
 
 
 def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
+    file = folder / STATE
     os.truncate(file, file.stat().st_size // 2)
 
 
 def flip_a_bit(folder: Path) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
+    data = bytearray((folder / STATE).read_bytes())
     data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
+    (folder / STATE).write_bytes(data)
 
 
 def empty(folder: Path) -> None:
@@ -141,9 +149,10 @@ def empty(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (truncate, r"model.safetensors has [\d,]+ bytes instead of"),
-        (flip_a_bit, "model.safetensors has other contents than were written"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (truncate, rf"{STATE} has [\d,]+ bytes instead of"),
+        (flip_a_bit, f"{STATE} has other contents than were written"),
+        (lambda folder: (folder / STATE).unlink(), f"{STATE} is missing"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
         (empty, "manifest.json is missing"),
     ],
@@ -164,8 +173,8 @@ def test_several_incomplete_checkpoints_are_named_in_one_line(run, caplog):
         truncate(run / f"checkpoint-{step}")
     assert find("last", run) == "checkpoint-2"
     assert len(caplog.records) == 1
-    assert "checkpoint-6 (model" in caplog.messages[0]
-    assert "checkpoint-4 (model" in caplog.messages[0]
+    assert "checkpoint-6 (state/" in caplog.messages[0]
+    assert "checkpoint-4 (state/" in caplog.messages[0]
     truncate(run / "checkpoint-2")
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint: checkpoint-6 \(.*checkpoint-2 \(.*afresh"):
         find("last", run)
@@ -291,7 +300,7 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth"])
 def test_nothing_in_a_checkpoint_is_unpickled(run, tmp_path, name):
     marker = tmp_path / "code-was-run"
     shutil.rmtree(run / "checkpoint-6")
@@ -309,8 +318,21 @@ def test_nothing_in_a_checkpoint_is_unpickled(run, tmp_path, name):
 def test_a_checkpoint_holds_no_pickled_arguments(run):
     manifest = json.loads((run / "checkpoint-6" / MANIFEST).read_text())
     pickles = {name for name in manifest["files"] if Path(name).suffix in (".pt", ".pth", ".bin", ".pkl")}
-    assert pickles == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert pickles == {"scheduler.pt", "rng_state.pth"}
     for name in pickles:
         path = run / "checkpoint-6" / name
         if name != "rng_state.pth":  # numpy's state: read with the allow-list of the Trainer
             torch.load(path, weights_only=True)
+
+
+def test_a_checkpoint_without_pieces_gives_one_line(run):
+    """As earlier versions wrote them."""
+    folder = run / "checkpoint-6"
+    save_file(saved_weights(folder), folder / "model.safetensors")
+    shutil.rmtree(folder / "state")
+    torch.save({}, folder / "optimizer.pt")
+    write_manifest(folder, step=6)
+    trainer = make_trainer(run, save_strategy="steps", save_steps=2)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-6/state holds no training state .*another") as refused:
+        trainer.train(resume_from_checkpoint="last")
+    assert "\n" not in str(refused.value)

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dinov3_hf.data.sources.spec import load_images
+from dinov3_hf.distributed.pieces import Piece, write_pieces
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 from dinov3_hf.training.starting_point import find_start
+from tests.testing_utils import saved_state, saved_weights
 from tests.training.test_ssl_trainer import BACKBONE, HEAD, make_args
 
+STATE = "state/rank-00000-of-00001.safetensors"  # of a run of one process
 # Stochastic depth and RoPE augmentation draw from torch's generator, of which a stage knows nothing.
 WITHOUT_DRAWS = {**BACKBONE, "drop_path_rate": 0.0, "pos_embed_rescale": None, "layerscale_value": 0.1}
 CONSTANT = {"backbone": WITHOUT_DRAWS, "weight_decay_schedule": 0.04, "logging_steps": 6}
@@ -71,7 +74,7 @@ def found(run: Path, tmp_path: Path, **overrides):
 
 def moments(trainer: SSLTrainer) -> dict[str, dict[str, torch.Tensor]]:
     names = {parameter: name for name, parameter in trainer.model.student.named_parameters()}
-    return {names[parameter]: state for parameter, state in trainer.optimizer.optimizer.state.items()}
+    return {names[parameter]: state for parameter, state in trainer.adamw.state.items()}
 
 
 def test_a_stage_takes_the_very_steps_that_the_run_takes(recorded, tmp_path):
@@ -80,14 +83,16 @@ def test_a_stage_takes_the_very_steps_that_the_run_takes(recorded, tmp_path):
     stage.batches = copy.deepcopy(batches[3:])
     stage.train()
 
-    end = load_file(folder / "checkpoint-6" / "model.safetensors")
+    end = saved_weights(folder / "checkpoint-6")
     for name, tensor in stage.model.state_dict().items():
         assert torch.equal(tensor, end[name]), name
-    saved = torch.load(folder / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
-    ours = stage.optimizer.state_dict()["state"]
-    assert ours.keys() == saved.keys()
-    torch.testing.assert_close(ours, saved, rtol=0, atol=0)
-    assert {state["step"].item() for state in ours.values()} == {6}
+    saved = saved_state(folder / "checkpoint-6")
+    ours = moments(stage)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert {f"{kind}/student.{name}" for name in ours} == {name for name in saved if name.startswith(f"{kind}/")}
+        for name, state in ours.items():
+            assert torch.equal(state[kind], saved[f"{kind}/student.{name}"]), name
+    assert {state["step"].item() for state in ours.values()} == {6} == {saved["num_steps"].item()}
 
 
 def test_moments_find_their_parameters_in_other_groups(recorded, tmp_path):
@@ -96,8 +101,7 @@ def test_moments_find_their_parameters_in_other_groups(recorded, tmp_path):
     other = make(SSLTrainer, tmp_path, start_from=str(folder), layerwise_lr_decay=1.0, adam_beta2=0.95)
     for trainer in (same, other):
         start = find_start(trainer.args)
-        start.load_optimizer(trainer.create_optimizer(), trainer.model.student)
-        trainer.optimizer.optimizer = trainer.optimizer
+        start.load_state(trainer.engine, trainer.model, trainer.create_optimizer())
     assert len(other.optimizer.param_groups) < len(same.optimizer.param_groups)
     assert {group["betas"] for group in other.optimizer.param_groups} == {(0.9, 0.95)}
     ours, theirs = moments(other), moments(same)
@@ -108,9 +112,7 @@ def test_moments_find_their_parameters_in_other_groups(recorded, tmp_path):
 def test_the_teacher_becomes_both_networks(run, tmp_path):
     stage = make(SSLTrainer, tmp_path, start_from=str(run), start_with="teacher", gram_teacher="copy")
     start = find_start(stage.args)
-    start.load_into(stage.model)
-    start.load_optimizer(stage.create_optimizer(), stage.model.student)
-    assert not stage.optimizer.state
+    start.load_teacher(stage.model)
     backbone = DINOv3ViTModel.from_pretrained(run / "teacher").state_dict()
     heads = load_file(run / "teacher" / "heads.safetensors")
     assert "local_cls_norm.weight" in backbone
@@ -152,10 +154,10 @@ def test_what_is_found(run, tmp_path):
 
 def test_a_running_run_gives_its_newest_complete_checkpoint(run, tmp_path, caplog):
     shutil.rmtree(run / "teacher")
-    (run / "checkpoint-6" / "optimizer.pt").unlink()
+    (run / "checkpoint-6" / STATE).unlink()
     (run / ".checkpoint-9.saving" / "checkpoint-9").mkdir(parents=True)
     assert found(run, tmp_path).folder == run / "checkpoint-3"
-    assert "Ignored as incomplete: checkpoint-6 (optimizer.pt is missing); going on from checkpoint-3" in caplog.text
+    assert f"Ignored as incomplete: checkpoint-6 ({STATE} is missing); going on from checkpoint-3" in caplog.text
     assert found(run, tmp_path, start_with="teacher").folder == run / "checkpoint-3" / "teacher"
     (run / "checkpoint-3" / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint: checkpoint-6 .*name another run"):
@@ -175,7 +177,8 @@ def test_heads_that_are_on_one_side_only(run, tmp_path):
     assert "iBOT starts fresh, there is none" in find_start(fresh.args).describe()
     fresh.train()
     steps = {name: state["step"].item() for name, state in moments(fresh).items()}
-    assert steps == {name: 1 if name.startswith("ibot_head.") else 8 for name in steps}
+    # One count for all, which is what ZeRO and a checkpoint keep.
+    assert set(steps.values()) == {8}
 
 
 def test_a_teacher_without_ibot_head(run, tmp_path):
@@ -186,7 +189,7 @@ def test_a_teacher_without_ibot_head(run, tmp_path):
     assert "iBOT starts fresh, there is none" in start.describe()
     model = make(SSLTrainer, tmp_path).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".ibot_head." in name}
-    start.load_into(model)
+    start.load_teacher(model)
     after = model.state_dict()
     assert before and all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(torch.equal(after[f"student.{name}"], tensor) for name, tensor in heads.items())
@@ -266,9 +269,9 @@ def test_damaged_files_and_other_models_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="holds a 'resnet' model, not a DINOv3 backbone"):
         found(run, tmp_path, start_with="teacher")
 
-    weights = run / "checkpoint-6" / "model.safetensors"
+    weights = run / "checkpoint-6" / STATE
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # as long as it was
-    with pytest.raises(ValueError, match=r"no complete checkpoint: model\.safetensors has other contents"):
+    with pytest.raises(ValueError, match=f"no complete checkpoint: {STATE} has other contents"):
         found(run / "checkpoint-6", tmp_path)
     (run / "checkpoint-3" / "manifest.json").write_text(json.dumps({"step": 3, "files": {}}))
     change_config(run / "checkpoint-3", model_type="dinov3_distillation")
@@ -278,13 +281,29 @@ def test_damaged_files_and_other_models_are_refused(run, tmp_path):
 
 def test_moments_of_another_network_are_refused(run, tmp_path):
     checkpoint = run / "checkpoint-6"
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    saved["param_groups"][0]["params"].pop()
-    torch.save(saved, checkpoint / "optimizer.pt")
+    name = "exp_avg/student.backbone.norm.weight"
+    saved = {**saved_state(checkpoint), name: torch.zeros(3)}
+    write_pieces(checkpoint / STATE, [Piece(key, tuple(t.shape), 0, t.view(-1)) for key, t in saved.items()])
     (checkpoint / "manifest.json").write_text(json.dumps({"step": 6, "files": {}}))
     stage = make(SSLTrainer, tmp_path, start_from=str(checkpoint))
-    with pytest.raises(ValueError, match=r"optimizer\.pt holds other parameters than the network beside it"):
+    with pytest.raises(ValueError, match=rf"{name} is \(3,\) in .*checkpoint-6/state and \(32,\) here; resume with"):
         stage.train()
+
+
+def test_a_checkpoint_without_pieces_is_refused_in_one_line(run, tmp_path):
+    """As earlier versions wrote them."""
+    checkpoint = run / "checkpoint-6"
+    shutil.rmtree(checkpoint / "state")
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 6, "files": {}}))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-6/state holds no training state .*another") as refused:
+        found(checkpoint, tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_optimizer_starts_fresh_with_the_teacher(recorded, tmp_path):
+    stage = make(SSLTrainer, tmp_path, start_from=str(recorded[0]), start_with="teacher", max_steps=1)
+    stage.train()
+    assert {state["step"].item() for state in moments(stage).values()} == {1}
 
 
 @pytest.mark.parametrize("output_dir", ["run", "run/gram", "run/checkpoint-6"])
