@@ -23,7 +23,7 @@ COMMANDS = {
     ),
     "plan": (
         "dinov3_hf.cli.plan",
-        "Memory, time, energy and limits of a run on GPUs that you do not have yet.",
+        "Memory, time, energy and limits of a run on GPUs that you do not have yet; no GPU needed.",
     ),
     "push": ("dinov3_hf.cli.push", "Upload a model to the Hugging Face Hub, with a model card."),
 }

@@ -33,11 +33,7 @@ ELSEWHERE = ("fp8", "engine", "deepspeed")
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
-        "plan",
-        context_settings={"ignore_unknown_options": True},  # fields of the recipe
-        help=plan.__doc__,
-    )(plan)
+    app.command("plan", context_settings={"ignore_unknown_options": True})(plan)  # fields of the recipe
 
 
 def plan(
@@ -78,7 +74,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
 ) -> None:
-    """Memory, time, energy and limits of a run on GPUs that you do not have yet: arithmetic, no GPU needed."""
+    """Memory, time, energy and limits of a run on GPUs that you do not have yet; no GPU needed."""
     _check_numbers({"--mfu": mfu, "--network": network, "--images": images, "--price": price, "--budget": budget})
     if mfu > 1:
         raise ArgumentError(f"--mfu {mfu:g} is more than the peak; give a share such as {DEFAULT_UTILIZATION}.")
@@ -283,7 +279,12 @@ def show(facts: dict[str, Any], planned: Plan) -> None:
 def verdict_table(facts: dict[str, Any], planned: Plan) -> Table:
     machine, workload = planned.machine, planned.workload
     table = _table(f"{facts['recipe']} on {machine.num_gpus:,} x {facts['gpu']}, {planned.engine}", "", "")
-    table.add_row("limit", LIMITS[planned.limit])
+    limit = LIMITS[planned.limit]
+    if planned.limit == "memory":
+        parts = max((plan for plan in facts["resolutions"]), key=lambda plan: plan["bytes"]["peak"])["bytes"]
+        largest = max((part for part in parts if part != "peak"), key=lambda part: parts[part])
+        limit += f"; most is {largest.replace('_', ' ')}"
+    table.add_row("limit", limit)
     for plan in planned.resolutions:
         name = "micro-batch" if len(planned.resolutions) == 1 else f"micro-batch at {plan.resolution.global_side} px"
         passes = f"{plan.num_forwards} a step" if plan.num_forwards > 1 else "no accumulation"
@@ -294,7 +295,7 @@ def verdict_table(facts: dict[str, Any], planned: Plan) -> Table:
 
 
 LIMITS = {
-    "memory": "[red]memory: it does not fit[/red]; more GPUs, --gradient_checkpointing full, or an engine that shards",
+    "memory": "[red]memory: it does not fit[/red]",
     "network": "the network: sending takes longer than computing",
     "compute": "compute: GPUs are busy with matrix products",
 }

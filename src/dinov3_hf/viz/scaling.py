@@ -37,7 +37,7 @@ def scaling_figure(
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import NullLocator
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise ImportError(
             "the sweep is drawn by matplotlib, which is not installed; run pip install 'dinov3-hf[viz]', or leave "
@@ -78,8 +78,9 @@ def scaling_figure(
             diagram.axvspan(rows[-1]["gpus"] * 1.4, counts[-1] * 1.2, color="0.93")
         diagram.grid(color="0.9")
         diagram.spines[["top", "right"]].set_visible(False)
-    for diagram in (time, memory):
-        diagram.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    time.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    time.yaxis.set_minor_locator(NullLocator())
     if counts[-1] > rows[-1]["gpus"]:
         middle = (rows[-1]["gpus"] * 1.4 * counts[-1] * 1.2) ** 0.5
         place = time.get_xaxis_transform()
