@@ -18,6 +18,7 @@ from dinov3_hf.training.batch_arithmetic import check_koleo_groups, micro_batch_
 from dinov3_hf.training.recipe_config import RecipeConfig
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.training.ssl_config import SSLConfig
+from tests.testing_utils import require_package
 
 TINY = {
     "backbone": {"patch_size": 4, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -215,6 +216,15 @@ def test_neither_the_recipe_nor_the_launcher_lets_the_trainer_compile(tmp_path, 
 def test_settings_of_what_the_trainer_does_not_do_are_refused(tmp_path, name):
     with pytest.raises(ArgumentError, match=f"{name} is not read by this trainer; set "):
         tiny(tmp_path, **{name: {} if name.endswith("kwargs") else "default"})
+
+
+@require_package("deepspeed")
+@pytest.mark.parametrize("fields", [{"gradient_checkpointing": "selective"}, {"torch_compile": True}])
+def test_zero3_stays_out_of_blocks_that_are_partly_recomputed_or_compiled(tmp_path, fields):
+    (name,) = fields
+    with pytest.raises(ArgumentError, match=rf"{name} .*does not go with engine zero3.* or engine: fsdp2\.$"):
+        tiny(tmp_path, engine="zero3", **fields)
+    assert tiny(tmp_path, engine="zero3", gradient_checkpointing="full").gradient_checkpointing == "full"
 
 
 @pytest.mark.parametrize("capability", [None, (8, 6), (8, 9), (9, 0)])

@@ -388,6 +388,7 @@ class RecipeConfig(TrainingArguments):
         DeepSpeed, which is the engine's.
         """
         self.launched = choose_engine(self.engine, self.deepspeed, self.offload_optimizer)
+        self._check_blocks()
         self.deepspeed = None
         recomputation, compiled = self.gradient_checkpointing, self.torch_compile
         self.gradient_checkpointing = self.torch_compile = False
@@ -397,6 +398,20 @@ class RecipeConfig(TrainingArguments):
         self.gradient_checkpointing = UnseenByTrainer(recomputation)  # type: ignore[assignment]
         self.torch_compile = compiled
         self.torch_compile_backend = "no"  # whatever the launcher's environment says
+
+    def _check_blocks(self) -> None:
+        if self.launched.engine != "zero3":
+            return
+        if self.gradient_checkpointing == "selective":
+            raise ArgumentError(
+                "gradient_checkpointing selective does not go with engine zero3, which gathers weights inside of "
+                "blocks; set gradient_checkpointing: full, or engine: fsdp2."
+            )
+        if self.torch_compile:
+            raise ArgumentError(
+                "torch_compile does not go with engine zero3, which gathers weights inside of blocks; set "
+                "torch_compile: false, or engine: fsdp2."
+            )
 
     def model_width(self) -> int:
         """Width of the network that is trained, by which `precision: auto` decides on a CPU."""
