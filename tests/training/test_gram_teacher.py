@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dinov3_hf.distributed.engine import Engine
 from dinov3_hf.training.gram_teacher import GramTeacherCallback
 from tests.training.test_resume import log_of
 from tests.training.test_ssl_trainer import BACKBONE, make_args, make_trainer
@@ -12,7 +13,7 @@ WITHOUT_NOISE = {**BACKBONE, "drop_path_rate": 0.0, "pos_embed_rescale": None}
 
 def refreshes(tmp_path, num_steps: int = 60, **fields) -> list[int]:
     args = make_args(tmp_path, max_steps=num_steps, gram_teacher="copy", **fields)
-    callback = GramTeacherCallback(args)
+    callback = GramTeacherCallback(args, Engine())
     return [step for step in range(1, num_steps + 1) if callback.refreshes_after(step)]
 
 
@@ -51,7 +52,7 @@ def test_copied_at_its_step_and_refreshed(tmp_path):
         def on_optimizer_step(self, *args, **kwargs):
             pass
 
-    trainer.add_callback(Watch(trainer.args))
+    trainer.add_callback(Watch(trainer.args, trainer.engine))
     trainer.train()
     is_teacher, is_unchanged = (list(column) for column in zip(*seen, strict=True))
     # Copied before step 2 (the third), whose own update makes the teacher another one; refreshed after four steps.
