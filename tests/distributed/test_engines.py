@@ -17,7 +17,7 @@ from tests.reference.processes import run_in_processes
 from tests.testing_utils import require_package
 
 CPU = torch.device("cpu")
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_persistent")
+ENGINES = ("ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_persistent", "zero3_offload")
 STEPS, SKIPPED = 4, 2
 MAX_NORM = 0.5
 
@@ -52,10 +52,11 @@ class Pair(nn.Module):
 
 
 def make_engine(name: str, bf16: bool = False) -> Engine:
-    if name == "fsdp2":
+    offload = name.endswith("offload")
+    if name.startswith("fsdp2"):
         from dinov3_hf.distributed.fsdp2 import FSDP2Engine
 
-        return FSDP2Engine(CPU, bf16, False, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+        return FSDP2Engine(CPU, bf16, offload, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
     if name.startswith("zero"):
         from dinov3_hf.distributed.zero import ZeroEngine
 
@@ -63,7 +64,7 @@ def make_engine(name: str, bf16: bool = False) -> Engine:
         options: dict[str, Any] = {"enable_sanity_checks": True}
         if name == "zero3_persistent":  # all but the largest stay gathered between steps
             options["stage3_param_persistence_threshold"] = 1000
-        return ZeroEngine(int(name[4]), {"zero_optimization": options}, CPU, 4, bf16, False)
+        return ZeroEngine(int(name[4]), {"zero_optimization": options}, CPU, 4, bf16, offload)
     return Engine()
 
 

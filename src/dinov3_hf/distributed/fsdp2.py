@@ -47,7 +47,7 @@ class FSDP2Engine(Engine):
         if self.networks:
             return  # by an earlier call
         mesh = init_device_mesh(self.device.type, (world_size(),))
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offload else OffloadPolicy()
         # Inputs keep their dtype: the residual stream is float32 under autocast.
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         full = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -80,22 +80,33 @@ class ZeroEngine(Engine):
     def clip_gradients(self, submodules: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
         owner = {id(p): name for name, module in submodules.items() for p in module.parameters()}
         gradients: dict[str, list[Tensor]] = {name: [] for name in submodules}
-        for parameter, gradient in self._gradients():
-            gradients[owner[id(parameter)]].append(gradient)
-        return clip_shards(gradients, max_norm, self.device)
+        with self._gradients() as found:
+            for parameter, gradient in found:
+                gradients[owner[id(parameter)]].append(gradient)
+            return clip_shards(gradients, max_norm, self.device)
 
     def discard_gradients(self, model: nn.Module) -> None:
         # DeepSpeed leaves out a step whose gradients are not finite, and cleans up behind it.
-        for _, gradient in self._gradients():
-            gradient.fill_(float("nan"))
+        with self._gradients() as found:
+            for _, gradient in found:
+                gradient.fill_(float("nan"))
 
-    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Trained parameters and this rank's parts of their gradients."""
-        groups = self._zero.fp16_groups if self.stage == 3 else self._zero.params_in_partition
-        for index, group in enumerate(groups):
-            # The list may end with a padding.
-            for parameter, gradient in zip(group, self._zero.averaged_gradients[index], strict=False):
-                yield parameter, _without_padding(parameter, gradient).values if self.stage == 3 else gradient
+    @contextmanager
+    def _gradients(self) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+        """Trained parameters and this rank's parts of their gradients, which may be changed in place."""
+        zero = self._zero
+        if self.stage == 2:
+            parts = zip(zero.params_in_partition, zero.averaged_gradients.values(), strict=True)
+            # A list of gradients may end with a padding.
+            yield [pair for parameters, of_group in parts for pair in zip(parameters, of_group, strict=False)]
+            return
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        # Copies where the optimizer is in the memory of the host.
+        partitions = [(p, safe_get_local_grad(p)) for group in zero.fp16_groups for p in group]
+        yield [(p, _without_padding(p, partition).values) for p, partition in partitions]
+        for parameter, partition in partitions:
+            safe_set_local_grad(parameter, partition)
 
     def shape(self, parameter: Any) -> torch.Size:
         shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
