@@ -166,14 +166,14 @@ def workload_of(words: list[str]) -> tuple[str, Workload, str]:
         ),
         num_local_crops=args.num_local_crops,
         masked_share=args.mask_probability * sum(args.mask_ratio) / 2,
-        gram_teacher=gram_teacher,
+        gram_teacher=gram_teacher,  # type: ignore[arg-type]  # checked by its configuration
         global_batch_size=args.global_batch_size,
         max_steps=args.max_steps,
         image_group=lcm(*image_groups),
         koleo_group=args.koleo_group_size or args.global_batch_size,
         drop_path_group=args.drop_path_group_size,
         bf16=args.precision != "fp32",
-        recomputation=args.gradient_checkpointing,
+        recomputation=args.gradient_checkpointing,  # type: ignore[arg-type]  # no boolean any more
         micro_batch=micro_batch,
     )
     return recipe, workload, engine

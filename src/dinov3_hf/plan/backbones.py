@@ -48,7 +48,7 @@ ATTENTION_BACKWARD = 2.5
 class Crops(NamedTuple):
     """Crops of one size in a forward pass."""
 
-    count: int
+    number: int
     side: int  # pixels
     kept: float = 1.0  # share of them that goes through a branch under stochastic depth
 
@@ -219,9 +219,9 @@ class ViT:
             separate_qkv: whether queries, keys and values are three products, of which each rounds its input.
         """
         D, F, A = self.width, int(self["intermediate_size"]), int(self["num_attention_heads"])
-        T = sum(group.count * self.tokens(group.side) for group in crops)
-        K = sum(group.count * group.kept * self.tokens(group.side) for group in crops)
-        pixels = self.num_channels * sum(group.count * group.side**2 for group in crops)
+        T = sum(group.number * self.tokens(group.side) for group in crops)
+        K = sum(group.number * group.kept * self.tokens(group.side) for group in crops)
+        pixels = self.num_channels * sum(group.number * group.side**2 for group in crops)
         drops, scales = self["drop_path_rate"] > 0, self["layerscale_value"] is not None
 
         norm = 4 * K * D + 8 * K  # its input, mean and deviation
@@ -330,17 +330,17 @@ class ConvNext:
         outside, blocks, largest = 0.0, 0.0, 0.0
         for group in crops:
             positions = self._positions(group.side)
-            outside += b * group.count * self.num_channels * group.side**2
-            outside += group.count * (4 * self.width + 8) * (1 + positions[-1])
+            outside += b * group.number * self.num_channels * group.side**2
+            outside += group.number * (4 * self.width + 8) * (1 + positions[-1])
             for stage, (P, (C, depth)) in enumerate(zip(positions, self._stages, strict=True)):
-                numbers = group.count * P * C
+                numbers = group.number * P * C
                 if stage > 0:  # its norm and the input of its convolution, at the resolution before
-                    outside += group.count * positions[stage - 1] * ((4 + b) * self["hidden_sizes"][stage - 1] + 8)
+                    outside += group.number * positions[stage - 1] * ((4 + b) * self["hidden_sizes"][stage - 1] + 8)
                 else:
-                    outside += b * numbers + 8 * group.count * P
+                    outside += b * numbers + 8 * group.number * P
                 # Inputs of the convolution, of the norm and of the two linear layers, before and after the
                 # activation, and the result for the gradient of the layer scale.
-                block = b * numbers * (1 + 1 + 1 + 4 + 4 + scales) + 8 * group.count * P
+                block = b * numbers * (1 + 1 + 1 + 4 + 4 + scales) + 8 * group.number * P
                 one = block
                 if recomputation != "none":
                     one = 4 * numbers

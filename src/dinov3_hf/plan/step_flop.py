@@ -42,11 +42,11 @@ def step_flop(workload: Workload, resolution: Resolution) -> StepFlop:
     """
     backbone = workload.backbone
     crops = workload.student_crops(resolution, 1)
-    student = sum(group.count * backbone.flop(group.side).training(group.kept) for group in crops)
+    student = sum(group.number * backbone.flop(group.side).training(group.kept) for group in crops)
     teacher = NUM_GLOBAL_CROPS * backbone.flop(resolution.global_side).forward
 
     width = backbone.width
-    heads = _head(workload.dino_head, width, rows=sum(group.count for group in crops), teacher_rows=NUM_GLOBAL_CROPS)
+    heads = _head(workload.dino_head, width, rows=sum(group.number for group in crops), teacher_rows=NUM_GLOBAL_CROPS)
     if workload.ibot_head is not None:
         masked = workload.masked_patches(resolution, 1)
         heads += _head(workload.ibot_head, width, rows=masked, teacher_rows=masked)
@@ -59,7 +59,7 @@ def step_flop(workload: Workload, resolution: Resolution) -> StepFlop:
 
     recomputed = 0.0
     if workload.recomputation == "full":
-        recomputed = sum(group.count * group.kept * backbone.flop(group.side).blocks for group in crops)
+        recomputed = sum(group.number * group.kept * backbone.flop(group.side).blocks for group in crops)
     return StepFlop(student, teacher, heads, gram, recomputed)
 
 

@@ -42,7 +42,7 @@ def step_memory(workload: Workload, resolution: Resolution, engine: Engine, num_
     rounded = engine.rounded_weights(workload)
     activations = kept.outside + kept.blocks + rounded
 
-    rows = sum(group.count for group in crops)
+    rows = sum(group.number for group in crops)
     global_rows = NUM_GLOBAL_CROPS * num_images
     masked = workload.masked_patches(resolution, num_images)
     K = workload.dino_head.num_prototypes
@@ -61,7 +61,7 @@ def step_memory(workload: Workload, resolution: Resolution, engine: Engine, num_
         predicting = max(
             predicting, backbone.passing_bytes(global_rows, resolution.gram_side or resolution.global_side, b)
         )
-    tokens = sum(group.count * backbone.tokens(group.side) for group in crops)
+    tokens = sum(group.number * backbone.tokens(group.side) for group in crops)
     predicting += 4 * tokens * width  # the normalised tokens
 
     pixels = _pixels(workload, resolution)
