@@ -1,7 +1,7 @@
 """Sharding by PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`), on GPUs and on CPUs alike."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -63,15 +63,8 @@ class FSDP2Engine(Engine):
             )
 
     def wrap(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        return ShardedModel(model, self.autocast, self._gradients_stay_local), optimizer
-
-    @contextmanager
-    def _gradients_stay_local(self) -> Iterator[None]:
-        for network in self.networks:
-            network.set_requires_gradient_sync(False)
-        yield
-        for network in self.networks:
-            network.set_requires_gradient_sync(True)
+        # Micro-batches are reduced one by one: gradients that wait for the last one would be whole.
+        return ShardedModel(model, self.autocast), optimizer
 
     def clip_gradients(self, submodules: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
         gradients = {

@@ -79,7 +79,10 @@ class StateReader:
         self._stored: dict[str, list[_Stored]] = {}
         paths = sorted(folder.glob("rank-*-of-*.safetensors"))
         if not paths:
-            raise FileNotFoundError(f"{folder} holds no training state (rank-*.safetensors); name another checkpoint.")
+            raise FileNotFoundError(
+                f"{folder} holds no training state (rank-*.safetensors), as checkpoints of earlier versions do not; name "
+                "another one, or begin a stage with its teacher: --start_from and --start_with teacher."
+            )
         for path in paths:
             self._index(path)
         for stored in self._stored.values():

@@ -215,8 +215,12 @@ def _config(stage: int, given: Mapping[str, Any], batch_size: int, bf16: bool, o
         if name in config and config[name] != {"enabled": False}:
             raise ValueError(f"the DeepSpeed configuration sets {name}; leave it out and set {field} of the recipe.")
         config.pop(name, None)
-    # Small parameters that stay gathered would be gathered anew behind every moving average.
-    zero = {"stage3_param_persistence_threshold": 0, **config.pop("zero_optimization", {}), "stage": stage}
+    defaults = {
+        # Small parameters that stay gathered would be gathered anew behind every moving average.
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": 50_000_000,  # gradients that are reduced together; DeepSpeed's buffer takes 2 GB
+    }
+    zero = {**defaults, **config.pop("zero_optimization", {}), "stage": stage}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         config["zero_force_ds_cpu_optimizer"] = False

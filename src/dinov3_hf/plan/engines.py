@@ -1,14 +1,15 @@
 """What each engine holds on a rank, and what it sends.
 
 Letters: S parameters of the student, and as many of the teacher; R ranks; b bytes of a number in matrix products.
-Parameters, gradients, AdamW's two moments and the teacher are float32: 4 bytes each. A Gram teacher is b bytes.
+Parameters, gradients, AdamW's two moments and the teacher are float32: 4 bytes each. A Gram teacher is b bytes, under
+ZeRO 4.
 
 | | parameters | gradients | moments | teacher, Gram teacher |
 |---|---|---|---|---|
 | `ddp` | 4 S | 4 S | 8 S | 4 S, b B |
-| `zero2` | 4 S | 4 S / R | (8 + 4) S / R, with a second copy of the parameters | 4 S, b B |
-| `zero3` | 4 S / R | 4 S / R | (8 + 4) S / R | 4 S / R, b B / R |
-| `fsdp2` | 4 S / R | 4 S / R, and 4 S while gradients of several micro-batches add up | 8 S / R | 4 S / R, b B / R |
+| `zero2` | 4 S | 4 S / R | (8 + 4) S / R, with a second copy of the parameters | 4 S, 4 B |
+| `zero3` | 4 S / R | 4 S / R | 8 S / R in bf16, else (8 + 4) S / R | 4 S / R, 4 B / R |
+| `fsdp2` | 4 S / R | 4 S / R | 8 S / R | 4 S / R, b B / R |
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from dinov3_hf.plan.workload import Workload
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 SHARDED = ("fsdp2", "zero3")  # parameters are, too
 
-# DeepSpeed's defaults: gradients that it gathers before it reduces them, and parameters that it keeps gathered.
-DEEPSPEED_BUCKET = 500_000_000
+# Gradients that DeepSpeed gathers before it reduces them, as our configuration says, and parameters that it keeps
+# gathered, its default.
+DEEPSPEED_BUCKET = 50_000_000
 DEEPSPEED_LIVE_PARAMETERS = 1_000_000_000
 
 
@@ -50,22 +52,20 @@ class Engine:
     def shares_parameters(self) -> bool:
         return self.name in SHARDED
 
-    def state(self, workload: Workload, accumulates: bool) -> State:
-        """
-        Args:
-            accumulates: whether gradients of several forward passes are added up before the optimizer moves.
-        """
+    def state(self, workload: Workload) -> State:
+        """What this rank holds."""
         S, b = workload.num_parameters, 2 if workload.bf16 else 4
         parameter_share = 1 / self.num_ranks if self.shares_parameters else 1.0
         state_share = 1.0 if self.name == "ddp" else 1 / self.num_ranks
-        gradients = 4 * S * state_share
-        if self.name == "fsdp2" and accumulates:
-            gradients += 4 * S
-        gram_teacher = b * workload.backbone.num_parameters if workload.gram_teacher == "separate" else 0
+        is_zero = self.name.startswith("zero")
+        has_masters = self.name == "zero2" or (self.name == "zero3" and not workload.bf16)
+        gram_teacher = (
+            (4 if is_zero else b) * workload.backbone.num_parameters if workload.gram_teacher == "separate" else 0
+        )
         return State(
             parameters=4 * S * parameter_share,
-            gradients=gradients,
-            optimizer=(12 if self.name.startswith("zero") else 8) * S * state_share,
+            gradients=4 * S * state_share,
+            optimizer=(12 if has_masters else 8) * S * state_share,
             teacher=4 * S * parameter_share,
             gram_teacher=gram_teacher * parameter_share,
             buffers=self._buffers(workload, b),
@@ -79,11 +79,15 @@ class Engine:
         if self.name == "fsdp2":
             width, block = workload.backbone.width, workload.backbone.block_parameters
             largest_head = max(head.num_parameters(width) for head in workload.heads)
-            # Two blocks that are gathered, and two whose gradients are reduced in float32; or a head, in float32.
-            return max(2 * (b + 4) * block, 2.0 * 4 * largest_head)
+            # Two blocks that are gathered, and two whose gradients are reduced in float32; or a head.
+            return max(2 * (self._bytes_of_gathered_block(workload) + 4) * block, 1.0 * (b + 4) * largest_head)
         bucket = 4.0 * min(DEEPSPEED_BUCKET, workload.num_parameters)
         live = b * min(DEEPSPEED_LIVE_PARAMETERS, workload.num_parameters) if self.shares_parameters else 0
         return bucket + live
+
+    def _bytes_of_gathered_block(self, workload: Workload) -> int:
+        """Blocks of FSDP2 that are recomputed are gathered as they are."""
+        return 2 if workload.bf16 and workload.recomputation == "none" else 4
 
     def rounded_weights(self, workload: Workload) -> float:
         """Bytes of copies of weights that autograd keeps for the backward pass of a forward."""
@@ -114,10 +118,9 @@ class Engine:
             return ring * 2 * 4 * S
         if self.name == "zero2":
             return ring * (num_forwards * 4 * S + 4 * S)  # gradients at every backward, then parameters
-        head_bytes = 4 if self.name == "fsdp2" else b
-        network = b * B + head_bytes * workload.head_parameters
-        gathered = 2 * network + network  # the student's for forward and backward, the teacher's
+        heads = b * workload.head_parameters
+        student = (self._bytes_of_gathered_block(workload) if self.name == "fsdp2" else b) * B + heads
+        gathered = 2 * student + b * B + heads  # the student's for forward and backward, the teacher's
         if workload.gram_teacher == "separate":
             gathered += b * B
-        num_reductions = 1 if self.name == "fsdp2" else num_forwards
-        return ring * (num_forwards * gathered + num_reductions * 4 * S)
+        return ring * num_forwards * (gathered + 4 * S)

@@ -35,7 +35,7 @@ def step_memory(workload: Workload, resolution: Resolution, engine: Engine, num_
     b = 2 if workload.bf16 else 4
     backbone, width = workload.backbone, workload.backbone.width
     accumulates = share > num_images
-    state = engine.state(workload, accumulates)
+    state = engine.state(workload)
     crops = workload.student_crops(resolution, num_images)
     separate_qkv = engine.name == "zero3" and engine.num_ranks > 1
     kept = backbone.kept_bytes(crops, b, workload.recomputation, separate_qkv)

@@ -93,7 +93,8 @@ class StartingPoint:
         """
         Put the weights of student and teacher into a model that the engine has sharded, and give AdamW the moments and
         the step count of the checkpoint; a Gram teacher stays as it is, and so do fresh heads, learning rates and all
-        other settings.
+        other settings. There is one step count: behind a long run AdamW takes the moments of a fresh head, all zero,
+        for settled ones, and its first updates are up to three times as large.
         """
         reader = StateReader(self.folder / STATE)
 
