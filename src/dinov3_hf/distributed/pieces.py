@@ -80,7 +80,7 @@ class StateReader:
         paths = sorted(folder.glob("rank-*-of-*.safetensors"))
         if not paths:
             raise FileNotFoundError(
-                f"{folder} holds no training state (rank-*.safetensors), as checkpoints of earlier versions do not; name "
+                f"{folder} holds no training state (rank-*.safetensors), as those of earlier versions do not; name "
                 "another one, or begin a stage with its teacher: --start_from and --start_with teacher."
             )
         for path in paths:
