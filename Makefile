@@ -8,10 +8,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-floor style quality docs bench
+.PHONY: help install quickstart test test-all test-engines test-floor style quality docs bench
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- installation: one stamp file a set of extras --------------------------------------------------------------------
 
@@ -57,6 +57,9 @@ test: .venv/installed-dev  ## Run the fast tests (CPU, offline, minutes)
 
 test-all: .venv/installed-dev  ## Run every test that this machine can run
 	$(PYTEST) $(WORKERS)
+
+test-engines: .venv/installed-dev  ## Run the real scripts under every engine, on two processes
+	$(PYTEST) tests/scripts/test_engines.py
 
 # The oldest supported transformers stands in front of the newest on the path; torch and the rest are shared.
 build/floor/installed: setup.cfg | .venv/installed-dev

@@ -92,6 +92,7 @@ def test_a_run_that_loses_a_rank_goes_on_as_one_process_does(runner, one, killed
     assert_same_losses(run, one, STEPS, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize(
     ("start", "engine", "num_ranks"), [("fsdp2", "zero3", 2), ("zero3", "fsdp2", 2), ("fsdp2", "ddp", 1)]
@@ -105,6 +106,7 @@ def test_a_run_goes_on_with_another_engine_and_number_of_ranks(
     assert_same_losses(run, one, STEPS, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gram_anchoring_starts_from_the_state_of_one_process(runner, one, tmp_path, engine):
@@ -125,6 +127,7 @@ def test_gram_anchoring_starts_from_the_state_of_one_process(runner, one, tmp_pa
     assert all("loss/gram" in entry for entry in losses(runs[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bf16_stays_near_one_process(runner, tmp_path, engine):
     """To 2 %: a weight in bfloat16 has 8 bits, and ranks add up their gradients in another order."""
