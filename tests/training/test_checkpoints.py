@@ -333,6 +333,24 @@ FAILURES = {
 }
 
 
+def begin_without_a_folder(folder: str) -> dict[str, torch.Tensor]:
+    said = ""
+    try:
+        CheckpointWriter(Path(folder) / "run").begin(2)
+    except OSError as error:
+        said = str(error)
+    (Path(folder) / f"said-{rank()}").write_text(said)
+    return {}
+
+
+def test_all_are_told_that_the_folder_cannot_be_made(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    run_in_processes(begin_without_a_folder, 2, str(tmp_path))
+    for index in range(2):
+        said = (tmp_path / f"said-{index}").read_text()
+        assert said.startswith(f"checkpoint-2 could not be written to {tmp_path / 'run'} (") and "\n" not in said
+
+
 def test_what_one_rank_fails_with_all_are_told(tmp_path):
     run_in_processes(saves_of_two_ranks, 2, str(tmp_path))
     for step, (failing, reason) in enumerate(FAILURES.items(), start=1):

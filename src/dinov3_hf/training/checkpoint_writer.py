@@ -52,14 +52,19 @@ class CheckpointWriter:
         An empty folder for the small files of `checkpoint-{step}`; waits for the checkpoint before.
 
         Raises:
-            OSError: that one could not be written.
+            OSError: that one could not be written, or the folder cannot be made, on all ranks.
         """
         self.wait()
         folder = staging_folder(self.output_dir, step)
-        if rank() == 0:
+
+        def make_room() -> None:
             discard_staged(folder)
             folder.mkdir(parents=True)
-        self._gather(None)  # nobody writes into what is still to be removed
+
+        try:
+            self._all(make_room if rank() == 0 else None)  # nobody writes into what is still to be removed
+        except Exception as reason:
+            raise OSError(failure(self.output_dir / folder.name, reason)) from reason
         return folder
 
     def finish(
