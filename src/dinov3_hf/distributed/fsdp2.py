@@ -82,8 +82,9 @@ class FSDP2Engine(Engine):
 
     def whole_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in module.named_parameters():
-            assert isinstance(parameter, DTensor)
-            yield name, parameter.full_tensor().detach()
+            shard = parameter.detach().to(self.device)  # NCCL does not gather from the memory of the host
+            assert isinstance(shard, DTensor)
+            yield name, shard.full_tensor()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -137,6 +137,9 @@ class ZeroEngine(Engine):
                 master.part_of(master.weights.detach()).copy_(shard.values[start : start + master.size])
             if self.stage == 3 and parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()  # small ones stay gathered, with the values that were
+        if self.stage == 3 and self.device.type == "cuda":
+            # DeepSpeed gathers on a stream of its own, which does not wait for this one.
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _find_masters(self) -> "Iterator[tuple[nn.Parameter, _Master]]":
         zero = self._zero
@@ -221,6 +224,11 @@ def _config(stage: int, given: Mapping[str, Any], batch_size: int, bf16: bool, o
         "reduce_bucket_size": 50_000_000,  # gradients that are reduced together; DeepSpeed's buffer takes 2 GB
     }
     zero = {**defaults, **config.pop("zero_optimization", {}), "stage": stage}
+    if zero.pop("offload_optimizer", None) not in (None, {"device": "none"}):
+        raise ValueError(
+            "the DeepSpeed configuration sets zero_optimization.offload_optimizer; leave it out and set "
+            "offload_optimizer of the recipe."
+        )
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         config["zero_force_ds_cpu_optimizer"] = False

@@ -101,7 +101,8 @@ def read_deepspeed(path: str) -> dict[str, Any]:
 
 
 def _stage_of(config: dict[str, Any], path: str) -> EngineName:
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage == 2:
         return "zero2"
     if stage == 3:
