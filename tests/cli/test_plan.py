@@ -79,7 +79,7 @@ def test_sweep_and_budget(capsys, tmp_path):
 def test_tables(capsys):
     parse_and_run(["plan", "vit7b16_high_res", "--gpus", "256"])
     out = capsys.readouterr().out
-    assert "768 / 336" in out and "gram teacher" in out and "energy" in out
+    assert "--engine fsdp2" in out and "768 / 336" in out and "gram teacher" in out and "energy" in out
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,7 @@ def test_tables(capsys):
         (["vitl16_im1k", "--gpus", "16", "--per_device_train_batch_size", "7"], 1, "use one of 8, 16, 32, 64, 128"),
         (["vitl16_im1k", "--gpu", "h100"], 2, "did you mean h100-80gb?"),
         (["vitl16_im1k", "--engine", "zero1"], 2, "--engine 'zero1' is unknown"),
+        (["vitl16_im1k", "--engine", "zero3", "--gradient_checkpointing", "selective"], 2, "does not go with engine"),
         (["vitl16_im1k", "--mfu", "1.5"], 2, "more than the peak"),
         (["vitl16_im1k", "--price", "-1"], 2, "--price -1 is not positive"),
         (["vitl16_im1k", "--koleo_grup_size", "3"], 2, "did you mean koleo_group_size?"),

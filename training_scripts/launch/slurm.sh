@@ -3,6 +3,7 @@
 # and goes on:
 #
 #   sbatch --nodes 4 training_scripts/launch/slurm.sh vitl16_im1k --train_data photos/ --output_dir runs/vitl16
+#   sbatch --nodes 32 training_scripts/launch/slurm.sh vit7b16_pretrain --engine fsdp2 --train_data photos/
 #
 # The arguments are those of pretrain.py; SCRIPT=training_scripts/gram_anchor.py sbatch ... runs another script.
 # Submit it from the repository with the Python environment activated. Options of sbatch win over those below.

@@ -83,6 +83,8 @@ def plan(
     machine = Machine(find_gpu(gpu), gpus, gpus_per_node, mfu, network)
     recipe, workload, of_the_recipe = workload_of(words)
     chosen = next((name for name in (engine, of_the_recipe) if name != "auto"), None)
+    if chosen == "zero3" and workload.recomputation == "selective":
+        raise ArgumentError("gradient_checkpointing selective does not go with engine zero3; use full, or fsdp2.")
     planned = plan_run(workload, machine, chosen)
     facts = {"recipe": recipe, "gpu": gpu, **facts_of(planned)}
     if images is not None:
@@ -285,6 +287,8 @@ def verdict_table(facts: dict[str, Any], planned: Plan) -> Table:
         largest = max((part for part in parts if part != "peak"), key=lambda part: parts[part])
         limit += f"; most is {largest.replace('_', ' ')}"
     table.add_row("limit", limit)
+    if planned.engine != "ddp":  # which is what training takes unless it is told otherwise
+        table.add_row("engine", f"train with --engine {planned.engine}")
     for plan in planned.resolutions:
         name = "micro-batch" if len(planned.resolutions) == 1 else f"micro-batch at {plan.resolution.global_side} px"
         passes = f"{plan.num_forwards} a step" if plan.num_forwards > 1 else "no accumulation"
