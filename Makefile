@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-engines test-floor style quality docs bench
+.PHONY: help install quickstart test test-all test-engines test-floor test-fp8 style quality docs bench
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,15 @@ build/floor/installed: setup.cfg | .venv/installed-dev
 test-floor: build/floor/installed  ## Run the model, trainer and command-line tests on the oldest supported transformers
 	PYTHONPATH=$(CURDIR)/build/floor $(PYTEST) $(WORKERS) -m "not slow" tests/models tests/training tests/evals tests/cli \
 		tests/test_auto.py tests/test_package.py
+
+# Beside the environment: torchao prints warnings of its own wherever transformers finds it.
+build/fp8/installed: setup.cfg | .venv/installed-dev
+	rm -rf build/fp8
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/fp8 'torchao>=0.18'
+	@touch $@
+
+test-fp8: build/fp8/installed  ## Run the tests of float8 training, which need torchao
+	PYTHONPATH=$(CURDIR)/build/fp8 $(PYTEST) -m "not slow" tests/training/test_memory.py
 
 style: .venv/installed-dev  ## Format the code and repair what ruff can
 	$(BIN)/ruff check --fix .
