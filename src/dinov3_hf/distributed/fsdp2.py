@@ -1,5 +1,6 @@
 """Sharding by PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`), on GPUs and on CPUs alike."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,6 +41,8 @@ class FSDP2Engine(Engine):
         self.offload = offload
         self.autocast = autocast
         self.networks: list[FSDPModule] = []
+        # Tokens are parts of one packed matrix; nobody changes them in place.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
     def shard(
         self, networks: Sequence[nn.Module], blocks: Sequence[nn.Module], products: Sequence[nn.Module] = ()

@@ -135,7 +135,10 @@ class CheckpointWriter:
                 discard_staged(folder)
             return
         if rank() == 0:
-            afterwards()
+            try:
+                afterwards()
+            except OSError as reason:
+                logger.warning("older checkpoints could not be looked through: %s", reason)
 
     def _write(self, folder: Path, pieces: Sequence[Piece]) -> dict[str, FileEntry]:
         path = state_file(folder / STATE, rank(), world_size())
