@@ -121,6 +121,17 @@ def test_columns_that_are_missing(tmp_path):
         load_images(tmp_path / "plain.parquet", labelled=True)
 
 
+@pytest.mark.parametrize(("values", "dtype"), [([1, 2], "int64"), ([None, None], "null")])
+@pytest.mark.parametrize("prefix", ["", "stream:"])
+def test_a_column_of_numbers_holds_no_images(tmp_path, prefix, values, dtype):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"image": values}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match=rf"has {dtype} in its column image, not images or their paths; name another"):
+        load_images(f"{prefix}{tmp_path / 'numbers.parquet'}")
+
+
 def test_hub_that_is_out_of_reach(monkeypatch):
     import datasets
 

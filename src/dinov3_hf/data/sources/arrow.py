@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:CONFIG:SPLIT and OWNER/NAME::SPLIT
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?", re.ASCII)
 IMAGE_COLUMN = "image"
+# Of columns that are no images by their type: encoded ones, or paths.
+IMAGE_TYPES = ("binary", "large_binary", "string", "large_string")
 LABEL_COLUMNS = ("label", "labels", "cls")
 
 
@@ -198,15 +200,20 @@ def find_image_column(features: dict[str, Any], data: str, wanted: str | None = 
     """Return the column of images: `wanted`, else `image`, else the only one whose type is an image.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is none, or several, or it holds numbers.
     """
-    if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"{data} has no column {wanted}; {did_you_mean(wanted, features)}")
-        return wanted
-    if IMAGE_COLUMN in features:
-        return IMAGE_COLUMN
     load = import_datasets()
+    if wanted is not None and wanted not in features:
+        raise ValueError(f"{data} has no column {wanted}; {did_you_mean(wanted, features)}")
+    named = wanted or (IMAGE_COLUMN if IMAGE_COLUMN in features else None)
+    if named is not None:
+        feature = features[named]
+        if isinstance(feature, load.Value) and feature.dtype not in IMAGE_TYPES:
+            raise ValueError(
+                f"{data} has {feature.dtype} in its column {named}, not images or their paths; name another one as "
+                "`column` in a data recipe."
+            )
+        return named
     columns = [name for name, feature in features.items() if isinstance(feature, load.Image)]
     if len(columns) == 1:
         return columns[0]
