@@ -81,7 +81,10 @@ def test_more_than_there_is(tmp_path):
 
 def test_no_state(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match=r"holds no training state \(rank-\*\.safetensors\), as those of earlier versions do not; name another"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"holds no training state \(rank-\*\.safetensors\), as those of earlier .*; name another",
+        ):
             StateReader(folder)
 
 

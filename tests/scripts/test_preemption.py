@@ -123,10 +123,12 @@ def test_one_of_two_processes_is_told(runner, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_told_twenty_times(runner, tmp_path, num_ranks):
+@pytest.mark.parametrize(("num_ranks", "engine"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (2, "zero3")])
+def test_told_twenty_times(runner, tmp_path, num_ranks, engine):
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
     seed = int(os.environ.get("DINOV3_HF_TEST_SEED", "2"))
-    tell(runner, tmp_path, num_ranks, 20, seed, *(TWO if num_ranks == 2 else ()))
+    tell(runner, tmp_path, num_ranks, 20, seed, *(TWO if num_ranks == 2 else ()), "--engine", engine)
 
 
 def test_data_workers_are_told_too(runner, tmp_path):
