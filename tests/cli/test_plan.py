@@ -93,7 +93,7 @@ def test_tables(capsys):
         (["vitl16_im1k", "--engine", "zero3", "--gradient_checkpointing", "selective"], 2, "does not go with engine"),
         (["vitl16_im1k", "--mfu", "1.5"], 2, "more than the peak"),
         (["vitl16_im1k", "--price", "-1"], 2, "--price -1 is not positive"),
-        (["vitl16_im1k", "--koleo_grup_size", "3"], 2, "did you mean koleo_group_size?"),
+        (["vitl16_im1k", "--koleo_group_sizes", "3"], 2, "did you mean koleo_group_size?"),
         (["vitl16_im1k", "--sweep", "sweep.txt"], 2, "is no picture"),
         (["vitl17"], 2, "there is no recipe 'vitl17'"),
         (["--koleo_group_size", "8"], 2, "plan needs a recipe"),
