@@ -55,13 +55,14 @@ class ZeroEngine(Engine):
         self.holds_everything = stage == 2
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists; not every launcher sets it
         self.config = _config(stage, config, batch_size, bf16, offload)
         self._engine: Any = None
 
     def wrap(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, "_ZeroStep"]:
         import deepspeed
 
+        # DeepSpeed reads it until the end, and not every launcher sets it.
+        os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=copy.deepcopy(self.config)
         )
