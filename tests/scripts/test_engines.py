@@ -13,7 +13,8 @@ from tests.scripts.test_crashes import RECIPE, Runner
 from tests.scripts.test_preemption import Ranks
 from tests.testing_utils import require_package
 
-pytestmark = require_package("deepspeed")
+# `make test-engines` and CI run them.
+pytestmark = [pytest.mark.slow, require_package("deepspeed")]
 
 ENGINES = ("ddp", "fsdp2", "zero3")
 STEPS = 20
@@ -92,7 +93,6 @@ def test_a_run_that_loses_a_rank_goes_on_as_one_process_does(runner, one, killed
     assert_same_losses(run, one, STEPS, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize(
     ("start", "engine", "num_ranks"), [("fsdp2", "zero3", 2), ("zero3", "fsdp2", 2), ("fsdp2", "ddp", 1)]
@@ -106,7 +106,6 @@ def test_a_run_goes_on_with_another_engine_and_number_of_ranks(
     assert_same_losses(run, one, STEPS, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize("engine", ENGINES)
 def test_accumulation_is_one_batch(runner, one, tmp_path, engine):
@@ -114,7 +113,6 @@ def test_accumulation_is_one_batch(runner, one, tmp_path, engine):
     assert_same_losses(run, one, STEPS, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gram_anchoring_starts_from_the_state_of_one_process(runner, one, tmp_path, engine):
@@ -136,7 +134,6 @@ def test_gram_anchoring_starts_from_the_state_of_one_process(runner, one, tmp_pa
     assert ["loss/gram" in entry for entry in losses(runs[2])] == [False, True, True, True]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bf16_stays_near_one_process(runner, tmp_path, engine):
     """To 2 %: a weight in bfloat16 has 8 bits, and ranks add up their gradients in another order."""
