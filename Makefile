@@ -59,7 +59,7 @@ test-all: .venv/installed-dev  ## Run every test that this machine can run
 	$(PYTEST) $(WORKERS)
 
 test-engines: .venv/installed-dev  ## Run the real scripts under every engine, on two processes
-	$(PYTEST) tests/scripts/test_engines.py
+	$(PYTEST) tests/distributed/test_engines.py tests/scripts/test_engines.py
 
 # The oldest supported transformers stands in front of the newest on the path; torch and the rest are shared.
 build/floor/installed: setup.cfg | .venv/installed-dev

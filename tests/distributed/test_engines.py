@@ -16,6 +16,9 @@ from dinov3_hf.distributed.reductions import all_reduce_sum, rank, world_size
 from tests.reference.processes import run_in_processes
 from tests.testing_utils import require_package
 
+# `make test-engines` and CI run them.
+pytestmark = [pytest.mark.slow, require_package("deepspeed")]
+
 CPU = torch.device("cpu")
 ENGINES = ("ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_persistent", "zero3_offload")
 STEPS, SKIPPED = 4, 2
@@ -167,7 +170,6 @@ def assert_same(results: dict[str, Tensor], prefix: str, expected: dict[str, Ten
         )
 
 
-@require_package("deepspeed")
 @pytest.mark.invariant
 @pytest.mark.parametrize("name", ENGINES)
 def test_two_processes_do_what_one_does(one, two, name):
@@ -176,7 +178,6 @@ def test_two_processes_do_what_one_does(one, two, name):
         assert results[f"{name}/num_steps"] == STEPS - 1  # one was left out
 
 
-@require_package("deepspeed")
 @pytest.mark.invariant
 @pytest.mark.parametrize("other", ["one", *ENGINES])
 @pytest.mark.parametrize("name", ENGINES)
@@ -185,7 +186,6 @@ def test_every_engine_goes_on_from_every_other(one, two, name, other):
         assert_same(results, f"{name} from {other}/", one[2])
 
 
-@require_package("deepspeed")
 @pytest.mark.parametrize("name", ENGINES)
 def test_one_process_goes_on_from_every_engine(one, two, name):
     run = Run(Engine())
@@ -230,7 +230,6 @@ def averages(names: tuple[str, ...]) -> dict[str, Tensor]:
     return results
 
 
-@require_package("deepspeed")
 @pytest.mark.invariant
 def test_a_thousand_updates_in_bf16_follow_a_float64_average():
     names = ("ddp", "fsdp2", "zero2", "zero3", "zero3_persistent")
@@ -254,7 +253,6 @@ def bytes_held(names: tuple[str, ...]) -> dict[str, Tensor]:
     return held
 
 
-@require_package("deepspeed")
 def test_what_a_rank_holds_falls_with_their_number():
     whole = bytes_held(("ddp",))["ddp"].item()
     for num_ranks in (2, 4):
