@@ -88,12 +88,15 @@ class Engine:
 
     def parameter_shard(self, parameter: nn.Parameter) -> Shard:
         """What this rank holds of a parameter."""
-        return Shard(0, parameter.detach().view(-1), on_every_rank=True)
+        return self._part_of(parameter.detach())
 
     def moment_shards(self, parameter: nn.Parameter, optimizer: Optimizer) -> dict[str, Shard]:
         """What this rank holds of the moments of a parameter; empty for one that is not trained."""
-        state = _state_of(optimizer, parameter)
-        return {name: Shard(0, state[name].view(-1), on_every_rank=True) for name in MOMENTS} if state else {}
+        state = optimizer.state.get(parameter)
+        return {name: self._part_of(state[name]) for name in MOMENTS} if state else {}
+
+    def _part_of(self, tensor: Tensor) -> Shard:
+        return Shard(0, tensor.view(-1), on_every_rank=True)
 
     def shards_changed(self, module: nn.Module) -> None:
         """To be called when the shards of a network have been written to."""
@@ -265,8 +268,3 @@ def new_state(weights: Tensor) -> dict[str, Tensor]:
     """What AdamW remembers of weights before its first step."""
     step = torch.zeros((), dtype=torch.float32, device=weights.device)  # there, for the fused kernel
     return {"step": step, **{name: torch.zeros_like(weights, requires_grad=False) for name in MOMENTS}}
-
-
-def _state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    state: dict[str, Any] = optimizer.state.get(parameter, {})
-    return state

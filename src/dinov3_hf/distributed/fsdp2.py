@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dinov3_hf.distributed.engine import MOMENTS, Engine, Shard, ShardedModel, clip_shards
+from dinov3_hf.distributed.engine import Engine, Shard, ShardedModel, clip_shards
 from dinov3_hf.distributed.reductions import rank, world_size
 
 
@@ -76,12 +76,11 @@ class FSDP2Engine(Engine):
         }
         return clip_shards(gradients, max_norm, self.device)
 
-    def parameter_shard(self, parameter: nn.Parameter) -> Shard:
-        return _shard(parameter.detach())
-
-    def moment_shards(self, parameter: nn.Parameter, optimizer: Optimizer) -> dict[str, Shard]:
-        state = optimizer.state.get(parameter)
-        return {name: _shard(state[name]) for name in MOMENTS} if state else {}
+    def _part_of(self, tensor: Tensor) -> Shard:
+        # Rows are dealt to the ranks in blocks of ceil(rows / ranks).
+        rows = tensor.shape[0]
+        first = min(rank() * -(-rows // world_size()), rows)
+        return Shard(first * (tensor.numel() // rows), _local(tensor).view(-1))
 
     def whole_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in module.named_parameters():
@@ -93,11 +92,3 @@ class FSDP2Engine(Engine):
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     return tensor.to_local()
-
-
-def _shard(tensor: Tensor) -> Shard:
-    """Rows are dealt to the ranks in blocks of ceil(rows / ranks)."""
-    rows = tensor.shape[0]
-    per_rank = -(-rows // world_size())
-    first = min(rank() * per_rank, rows)
-    return Shard(first * (tensor.numel() // rows if rows else 0), _local(tensor).view(-1))

@@ -97,9 +97,12 @@ class ZeroEngine(Engine):
         """Trained parameters and this rank's parts of their gradients, which may be changed in place."""
         zero = self._zero
         if self.stage == 2:
-            parts = zip(zero.params_in_partition, zero.averaged_gradients.values(), strict=True)
             # A list of gradients may end with a padding.
-            yield [pair for parameters, of_group in parts for pair in zip(parameters, of_group, strict=False)]
+            yield [
+                pair
+                for group, parameters in enumerate(zero.params_in_partition)
+                for pair in zip(parameters, zero.averaged_gradients[group], strict=False)
+            ]
             return
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
