@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dinov3_hf.distributed.engine import Engine, Shard, ShardedModel, clip_shards
-from dinov3_hf.distributed.reductions import rank, world_size
+from dinov3_hf.distributed.reductions import current_group, rank, world_size
 
 
 class FSDP2Engine(Engine):
@@ -22,6 +22,9 @@ class FSDP2Engine(Engine):
 
     Shards are float32, and so is the reduction of gradients. In bf16, weights of matrix products are gathered in
     bfloat16, all others in float32, so that autocast finds what it would have made.
+
+    The ranks are those of the process group (`reductions.process_group`) in which `shard` is called; every other
+    method is to be called in the same one.
 
     Args:
         device: of this rank.
@@ -49,7 +52,11 @@ class FSDP2Engine(Engine):
     ) -> None:
         if self.networks:
             return  # by an earlier call
-        mesh = init_device_mesh(self.device.type, (world_size(),))
+        group = current_group()
+        if group is None:
+            mesh = init_device_mesh(self.device.type, (world_size(),))
+        else:
+            mesh = DeviceMesh.from_group(group, self.device.type)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offload else OffloadPolicy()
         # Inputs keep their dtype: the residual stream is float32 under autocast.
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
