@@ -11,11 +11,8 @@ from dinov3_hf.convert.dinov3_vit import state_dict_from_native, state_dict_to_n
 from dinov3_hf.distributed.engine import Engine
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.gram_anchor import gram_anchor_loss
-from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
-    DINOv3ForPreTraining,
-    DINOv3PreTrainingOutput,
-    StudentPredictions,
-)
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.models.dinov3_pretraining.student_step import DINOv3PreTrainingOutput, StudentPredictions
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler

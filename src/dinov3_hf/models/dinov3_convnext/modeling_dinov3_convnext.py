@@ -211,15 +211,14 @@ class DINOv3ConvNextEncoder(DINOv3ConvNextPreTrainedModel):
                 collected[index] = features
         return collected
 
-    def to_patch_grid(self, features: Tensor, pixel_values: Tensor) -> Tensor:
-        """A feature map, resized to (B, D, H // patch_size, W // patch_size) where the configuration has one."""
-        side = self.config.patch_size
-        if side is None:
+    def to_patch_grid(self, features: Tensor, pixel_values: Tensor, patch_size: int | None) -> Tensor:
+        """A feature map, resized to (B, D, H // patch_size, W // patch_size) where there is a patch size."""
+        if patch_size is None:
             return features
-        size = [pixels // side for pixels in pixel_values.shape[-2:]]
+        size = [pixels // patch_size for pixels in pixel_values.shape[-2:]]
         if min(size) == 0:
             raise ValueError(
-                f"images of {tuple(pixel_values.shape[-2:])} pixels are smaller than one patch of {side}."
+                f"images of {tuple(pixel_values.shape[-2:])} pixels are smaller than one patch of {patch_size}."
             )
         # In float32, because antialiased resizing is not there in bfloat16 on a CPU.
         resized = F.interpolate(features.float(), size, mode="bilinear", antialias=True)
@@ -257,6 +256,7 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         draws: Sequence[Tensor] | None = None,
+        patch_size: int | None = None,
     ) -> Any:
         """
         Args:
@@ -272,11 +272,14 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
             draws (sequence of `torch.Tensor` of shape `(blocks of all stages, B)`, *optional*):
                 For each crop group the random numbers of stochastic depth, uniform in [0, 1); by default they come
                 from torch's generator. Not read in eval mode.
+            patch_size (`int`, *optional*):
+                Resize the last feature map to H // patch_size x W // patch_size, as `get_intermediate_layers` does
+                with `config.patch_size`: so a ConvNeXt learns from a ViT, patch by patch.
 
         Returns:
             [`BaseModelOutputWithPoolingAndNoAttention`], or a list with one for each crop group: `last_hidden_state`
             (B, 1 + P, D) = normalised [pooled, positions], `pooler_output` (B, D) = normalised pooled. Whatever
-            `config.patch_size`, the positions are those of the last feature map.
+            `config.patch_size`, the positions are those of the last feature map, unless `patch_size` is given.
         """
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -287,7 +290,8 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
         crops = pixel_values if is_crop_list else [pixel_values]
         for pixels, drawn in zip(crops, draws or [None] * len(crops), strict=True):
             collected = self.encode(pixels, range(last + 1) if output_hidden_states else (last,), drawn)
-            tokens = self.layer_norm(_tokens(collected[last], collected[last]))  # (B, 1 + P, D)
+            positions = self.to_patch_grid(collected[last], pixels, patch_size)  # (B, D, h, w)
+            tokens = self.layer_norm(_tokens(collected[last], positions))  # (B, 1 + P, D)
             output = BaseModelOutputWithPoolingAndNoAttention(
                 last_hidden_state=tokens,
                 pooler_output=tokens[:, 0],
@@ -323,7 +327,7 @@ class DINOv3ConvNextModel(DINOv3ConvNextEncoder):
         stages = layers_asked_for(n, self.config.num_stages, "stages")
         features: list[Tensor | tuple[Tensor, ...]] = []
         for stage, whole in self.encode(pixel_values, stages).items():
-            resized = self.to_patch_grid(whole, pixel_values)  # (B, D, h, w)
+            resized = self.to_patch_grid(whole, pixel_values, self.config.patch_size)  # (B, D, h, w)
             tokens = _tokens(whole, resized)  # (B, 1 + h * w, D)
             if norm and stage == last:
                 tokens = self.layer_norm(tokens)
@@ -390,7 +394,7 @@ class DINOv3ConvNextBackbone(BackboneMixin, DINOv3ConvNextEncoder):
         if stages:
             maps |= {stage + 1: features for stage, features in self.encode(pixel_values, stages).items()}
         output = BackboneOutput(
-            feature_maps=tuple(self.to_patch_grid(maps[index], pixel_values) for index in wanted),
+            feature_maps=tuple(self.to_patch_grid(maps[index], pixel_values, config.patch_size) for index in wanted),
             hidden_states=tuple(maps.values()) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()

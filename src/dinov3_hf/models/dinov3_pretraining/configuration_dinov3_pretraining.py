@@ -98,11 +98,14 @@ class DINOv3PreTrainingConfig(RemoteCodeConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = backbone_config_from_dict(self.backbone_config)
-        self._check_gram()
-        check_masks(self.backbone_config, self.ibot_weight, self.gram_tokens)
+        self._check_objective()
         self.dino_head = _complete_head("dino_head", self.dino_head)
         self.ibot_head = _complete_head("ibot_head", self.ibot_head)
         super().__post_init__(**kwargs)
+
+    def _check_objective(self) -> None:
+        self._check_gram()
+        check_masks(self.backbone_config, self.ibot_weight, self.gram_tokens)
 
     def _check_gram(self) -> None:
         for name, choices in GRAM_CHOICES.items():
