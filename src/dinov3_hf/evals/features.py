@@ -109,9 +109,27 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
         if folder.is_dir():
             raise ValueError(f"{folder / 'config.json'} cannot be read; copy or download the folder again.") from error
         raise FileNotFoundError(f"there is no folder {source}, and as a Hub repository it fails: {error}") from error
-    model_class = OUR_MODELS.get(config.model_type, AutoModel)
+    model, fresh = load_weights(OUR_MODELS.get(config.model_type, AutoModel), source, dtype=torch.float32)
+    # What of other families may be a pooler, of ours never.
+    if config.model_type in OUR_MODELS and fresh:
+        raise ValueError(f"the weights of {source} lack {min(fresh)}, which its config.json asks for; {_SAME_MODEL}")
+    return model.to(device).eval(), AutoImageProcessor.from_pretrained(source)
+
+
+def load_weights(model_class: Any, source: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """
+    `model_class.from_pretrained(source, **options)`.
+
+    Returns:
+        The model, and the names of tensors that were drawn at random, because the files lack them.
+
+    Raises:
+        FileNotFoundError: if `source` is a folder without weights.
+        ValueError: if they cannot be read, or have other shapes than its configuration asks for.
+    """
+    folder = Path(source)
     try:
-        loaded: Any = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = model_class.from_pretrained(source, output_loading_info=True, **options)
     except OSError as error:
         if not folder.is_dir():
             raise
@@ -123,11 +141,7 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
     except RuntimeError as error:  # shapes differ; transformers has logged which
         raise ValueError(f"the weights of {source} do not fit its config.json; {_SAME_MODEL}") from error
     model, report = loaded
-    # A tensor that is not in the file was drawn at random: what of other families may be a pooler, of ours never.
-    if config.model_type in OUR_MODELS and report["missing_keys"]:
-        name = min(report["missing_keys"])
-        raise ValueError(f"the weights of {source} lack {name}, which its config.json asks for; {_SAME_MODEL}")
-    return model.to(device).eval(), AutoImageProcessor.from_pretrained(source)
+    return model, set(report["missing_keys"])
 
 
 def _is_model_folder(folder: Path) -> bool:

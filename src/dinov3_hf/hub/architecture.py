@@ -71,6 +71,12 @@ def read_architecture(folder: Path) -> Architecture:
     )
 
 
+def network_summary(config: DINOv3ViTConfig | DINOv3ConvNextConfig) -> str:
+    """The `summary` of the network that a configuration describes."""
+    words = _vit(config) if isinstance(config, DINOv3ViTConfig) else _convnext(config)
+    return str(words["summary"])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """
     A JSON file of a model folder.

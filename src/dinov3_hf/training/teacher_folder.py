@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from transformers import DINOv3ViTImageProcessor
 
+from dinov3_hf.hub.architecture import open_safetensors
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import SSLNetwork
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.training.lora import merged_backbone
 from dinov3_hf.training.ssl_config import SSLConfig
+
+HEADS_FILE = "heads.safetensors"
 
 
 def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path) -> None:
@@ -30,7 +34,19 @@ def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path) -> N
         for name, tensor in part.state_dict().items()
     }
     shapes = {head: json.dumps(args.__dict__[head]) for head in heads}
-    save_file(tensors, folder / "heads.safetensors", metadata={"format": "pt", **shapes})
+    save_file(tensors, folder / HEADS_FILE, metadata={"format": "pt", **shapes})
+
+
+def read_head_shapes(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    The heads in a `heads.safetensors`: `dino_head` and `ibot_head` -> arguments of [`PrototypeHead`] beside `in_dim`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    return {head: json.loads(metadata[head]) for head in ("dino_head", "ibot_head") if head in metadata}
 
 
 def image_processor(args: SSLConfig) -> DINOv3ViTImageProcessor:
