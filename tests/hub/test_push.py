@@ -258,6 +258,30 @@ def test_ctrl_c_ends_at_once(hub, client, folder):
     assert on_hub(hub) == MODEL_FILES | {"extras.safetensors"}
 
 
+def test_the_last_word_is_not_a_progress_bar(client):
+    program = """
+import os, signal, threading, time
+from huggingface_hub.utils import tqdm
+from dinov3_hf.cli.push import ending_at_once
+
+def draw():
+    bar = tqdm(total=10**9, mininterval=0)
+    while True:
+        bar.update()
+
+with ending_at_once():
+    for _ in range(2):
+        threading.Thread(target=draw, daemon=True).start()
+    time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+    for _ in range(15):
+        status, _, error = client.run(program)
+        assert status == 130
+        assert error.endswith("\ninterrupted; the same command goes on\n")
+
+
 def test_nobody_is_logged_in(hub, client, folder):
     status, _, error = client.push(folder, "me/tiny", HF_TOKEN="")
     assert status == 1

@@ -68,9 +68,12 @@ def push(
 def ending_at_once() -> Iterator[None]:
     """Ctrl-C ends the process there and then: `huggingface_hub` would first send the files under way to their end."""
 
+    from huggingface_hub.utils import tqdm
+
     def end(*_: object) -> None:
-        print("\ninterrupted; the same command goes on", file=sys.stderr, flush=True)
-        os._exit(130)
+        with tqdm.get_lock():  # the threads that upload would draw their bars behind the last word
+            print("\ninterrupted; the same command goes on", file=sys.stderr, flush=True)
+            os._exit(130)
 
     before = signal.signal(signal.SIGINT, end)
     try:
