@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.training.schedules import Schedule, TrainingSchedules
 
@@ -86,6 +87,7 @@ HONOURED: dict[str, tuple[str, ...]] = {
         *("remove_only_teacher_neg", "tokens_used", "global_teacher_resize_antialias", "compute_stats", *FIXED_GRAM),
         "ckpt",
     ),
+    "distillation": ("enabled", "full_cfg_path", "checkpoint_path"),  # the teacher's settings are in the case
     "compute_precision": ("param_dtype",),  # the recorded steps are in float32 throughout
 }
 # Settings of the student that draw random numbers in a training step.
@@ -100,31 +102,62 @@ def model_config(case: Case) -> DINOv3PreTrainingConfig:
         Unknown: an override of a setting that this program does not know.
     """
     settings = case.spec["resolved_config"]
-    dino, ibot, student = settings["dino"], settings["ibot"], settings["student"]
+    _check_settings(case, "config_overrides", settings)
+    if case.config["config_overrides"].get("distillation", {}).get("enabled"):
+        raise Declined("distillation in a case of pre-training")
+    return DINOv3PreTrainingConfig(**_objective(case, settings, case.config["batch_size"]), **_gram(settings["gram"]))
+
+
+def distillation_config(case: Case, arch: str, batch_size: int) -> DINOv3DistillationConfig:
+    """Our configuration of a student of distillation of the architecture `arch`; as `model_config`."""
+    settings = case.spec["resolved_config"]
+    _check_settings(case, "config_overrides", settings)
+    if not case.config["config_overrides"]["distillation"]["enabled"]:
+        raise Declined("a case of distillation without it (distillation.enabled)")
+    if settings["gram"]["use_loss"]:
+        raise Declined("L_Gram in distillation (gram.use_loss)")
+    settings = settings | {"student": settings["student"] | {"arch": arch}}
+    return DINOv3DistillationConfig(
+        **_objective(case, settings, batch_size), patch_size=settings["student"]["patch_size"]
+    )
+
+
+def teacher_config(case: Case) -> DINOv3PreTrainingConfig:
+    """Backbone and heads of the fixed teacher of a distillation; as `model_config`."""
+    settings = case.spec["resolved_teacher_config"]
+    _check_settings(case, "teacher_config_overrides", settings)
+    return DINOv3PreTrainingConfig(**_objective(case, settings, batch_size=None))
+
+
+def _check_settings(case: Case, overrides: str, settings: Mapping[str, Any]) -> None:
     for section, values in FIXED.items():
         _decline_others(section, settings[section], values)
-    if dino["koleo_loss_distributed"]:
-        _decline_others("dino", dino, FIXED_KOLEO)
-    for section, overrides in case.config["config_overrides"].items():
-        refuse_unknown(f"config_overrides.{section}", overrides, HONOURED.get(section, ()))
+    if settings["dino"]["koleo_loss_distributed"]:
+        _decline_others("dino", settings["dino"], FIXED_KOLEO)
+    for section, names in case.config[overrides].items():
+        refuse_unknown(f"{overrides}.{section}", names, HONOURED.get(section, ()))
+
+
+def _objective(case: Case, settings: Mapping[str, Any], batch_size: int | None) -> dict[str, Any]:
+    """Backbone, heads and weights; `batch_size` images are those of a process."""
+    dino, ibot, student = settings["dino"], settings["ibot"], settings["student"]
     draws_numbers = student["drop_path_rate"] > 0 or any(student[name] for name in RANDOM)
     if draws_numbers and not RecordedDraws(case.inputs):
         raise Declined("a random step (stochastic depth or RoPE augmentation) whose draws were not recorded")
     backbone = {argument: student[setting] for argument, setting in BACKBONE_ARGUMENTS.items()}
-    koleo: dict[str, Any] = {"koleo_group_size": case.config["batch_size"], "koleo_topk": 1}
+    koleo: dict[str, Any] = {"koleo_group_size": batch_size, "koleo_topk": 1}
     if dino["koleo_loss_distributed"]:
         koleo = {"koleo_group_size": dino["koleo_distributed_loss_group_size"], "koleo_topk": dino["koleo_topk"]}
-    return DINOv3PreTrainingConfig(
-        backbone_config=vit_config(backbone | case.config["architectures"][student["arch"]]),
-        dino_head=_head(dino),
-        ibot_head=_head(ibot),
-        dino_weight=dino["loss_weight"],
-        dino_global_ignore_diagonal=dino["global_ignore_diagonal"],
-        ibot_weight=ibot["loss_weight"],
-        koleo_weight=dino["koleo_loss_weight"],
+    return {
+        "backbone_config": vit_config(backbone | case.config["architectures"][student["arch"]]),
+        "dino_head": _head(dino),
+        "ibot_head": _head(ibot),
+        "dino_weight": dino["loss_weight"],
+        "dino_global_ignore_diagonal": dino["global_ignore_diagonal"],
+        "ibot_weight": ibot["loss_weight"],
+        "koleo_weight": dino["koleo_loss_weight"],
         **koleo,
-        **_gram(settings["gram"]),
-    )
+    }
 
 
 def _gram(gram: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,11 @@ def test_an_output_that_is_not_compared_fails(copied, capsys):
             lambda spec: spec["config"]["config_overrides"]["dino"].update(sharpening=2),
             "config_overrides.dino: this program does not know sharpening",
         ),
+        (
+            "e_ssl_step/distillation_fixed_teacher",
+            lambda spec: spec["config"]["teacher_config_overrides"]["ibot"].update(sharpening=2),
+            "teacher_config_overrides.ibot: this program does not know sharpening",
+        ),
     ],
 )
 def test_a_setting_that_nothing_reads_fails(tmp_path, case, change, message, capsys):
@@ -130,6 +135,15 @@ def test_a_declined_value_is_no_miss(tmp_path, capsys):
     edit(copied, lambda spec: spec["resolved_config"]["train"].update(centering="softmax"))
     assert main([str(copied)]) == 0
     assert "declined: train.centering: softmax" in capsys.readouterr().out
+
+
+def test_targets_of_a_distillation_are_its_teachers(tmp_path, capsys):
+    copied = Path(shutil.copytree(FIXTURES / "e_ssl_step" / "distillation_fixed_teacher", tmp_path / "topic" / "case"))
+    weights = load_file(copied / "weights.safetensors")
+    weights["teacher.backbone.norm.weight"][0] += 0.1
+    save_file(weights, copied / "weights.safetensors")
+    assert main([str(copied)]) == 1
+    assert "intermediate/teacher_global/cls_after_head: error" in capsys.readouterr().out
 
 
 def test_files_that_contradict_the_list_fail(copied, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 from . import (
     augmentation,
     convnext,
+    distillation,
     evaluation,
     heads,
     initialisation,
@@ -45,6 +46,7 @@ class Check:
 # What was recorded is in the names of the outputs; these settings only repeat it.
 LOSS_SETTINGS = ("student_temp", "teacher_temps", "sinkhorn_iterations")
 RUN_SETTINGS = ("architectures", "config_overrides", "batch_size")
+TEACHER_SETTINGS = ("teacher_config_overrides",)
 KINDS: dict[str, Check] = {
     "vit": Check(vit.check_vit, ("constructor", "image_tags", "intermediate_n")),
     "rope_table": Check(vit.check_rope_table, ("constructor", "rope_dtype", "grid")),
@@ -64,6 +66,20 @@ KINDS: dict[str, Check] = {
         steps.check_ssl_trajectory,
         (*RUN_SETTINGS, "schedules", "num_steps", "num_batches", "gram_teacher_updates"),
     ),
+    "distillation_step": Check(
+        distillation.check_distillation_step, (*RUN_SETTINGS, *TEACHER_SETTINGS, "schedule_values", "iteration")
+    ),
+    "distillation_trajectory": Check(
+        distillation.check_distillation_trajectory,
+        (*RUN_SETTINGS, *TEACHER_SETTINGS, "schedules", "num_steps", "num_batches"),
+    ),
+    "multi_distillation_step": Check(
+        distillation.check_multi_distillation_step,
+        (
+            *("architectures", "config_overrides", *TEACHER_SETTINGS, "student_archs"),
+            *("global_batch_size", "teacher_temp", "world_size"),
+        ),
+    ),
     "schedules": Check(schedules.check_primitives, tuple(schedules.PRIMITIVES)),
     "collate": Check(
         masking.check_collate,
@@ -76,9 +92,6 @@ KINDS: dict[str, Check] = {
 }
 
 KINDS_NOT_IN_THE_PACKAGE_YET = (
-    "distillation_step",
-    "multi_distillation_step",
-    "distillation_trajectory",
     "dinotxt",
     "contrastive_two_processes",
     "logistic_regression",
