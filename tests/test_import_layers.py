@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"models"},
     "viz": set(),
     "evals": {"models", "viz"},
-    "training": {"models", "data", "objectives", "evals", "distributed", "hub", "viz", "recipes"},
+    "training": {"models", "data", "objectives", "evals", "distributed", "hub", "viz", "recipes", "plan"},
     "plan": {"models", "recipes"},
     "cli": {"*"},
 }

@@ -13,8 +13,9 @@ from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINO
 from dinov3_hf.training.checkpoints import checkpoints
 from dinov3_hf.training.continued import ContinuedTrainer, continued_model
 from dinov3_hf.training.continued_config import ContinuedConfig
-from dinov3_hf.training.evaluation import described
+from dinov3_hf.training.evaluation import accuracies, is_evaluation
 from dinov3_hf.training.resume import AUTO
+from dinov3_hf.training.run_trainer import RunTrainer
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
 from dinov3_hf.training.starting_point import find_start
@@ -32,16 +33,16 @@ def run_recipe(args: SSLConfig) -> None:
         OSError: a folder is missing or cannot be written.
         ValueError: images, start or checkpoint are not what the recipe needs.
     """
-    _check_images_are_named(args)
+    check_images_are_named(args)
     start = None
     if args.start_from is not None and _starts_afresh(args) and args.process_index == 0:
         start = find_start(args)
         print(start.describe(), flush=True)
-    train_images, eval_images = _open_images(args)
+    train_images, eval_images = open_images(args, args.backbone_config().num_channels)
     set_seed(args.seed)
     model = DINOv3ForPreTraining(args.pretraining_config())
     trainer = SSLTrainer(model, args, train_images, eval_images, start=start)
-    _train(trainer)
+    train_to_the_end(trainer)
     teacher = Path(args.output_dir or ".") / "teacher"
     outcome = trainer.save_outcome(teacher)
     if trainer.is_world_process_zero():
@@ -63,13 +64,13 @@ def continue_pretraining(args: ContinuedConfig) -> None:
         RuntimeError: training has done harm, and nothing on the way was as good as the model.
         ValueError: images, model or checkpoint are not what the recipe needs.
     """
-    _check_images_are_named(args)
-    train_images, eval_images = _open_images(args)
+    check_images_are_named(args)
+    train_images, eval_images = open_images(args, args.backbone_config().num_channels)
     set_seed(args.seed)
     trainer = ContinuedTrainer(continued_model(args), args, train_images, eval_images)
     if trainer.is_world_process_zero():
         print(trainer.describe_start(), flush=True)
-    _train(trainer)
+    train_to_the_end(trainer)
     teacher = Path(args.output_dir or ".") / "teacher"
     if trainer.is_world_process_zero():
         trainer.show_course()
@@ -85,14 +86,15 @@ def _starts_afresh(args: SSLConfig) -> bool:
     return wanted is None or (wanted == AUTO and not checkpoints(Path(args.output_dir or ".")))
 
 
-def _check_images_are_named(args: SSLConfig) -> None:
+def check_images_are_named(args: SSLConfig) -> None:
+    """Raise ArgumentError for a recipe without `train_data`."""
     if args.train_data is None:
         raise ArgumentError("train_data is not set; name the images to learn from, for example --train_data photos/.")
 
 
-def _open_images(args: SSLConfig) -> tuple[ImageSource, EvaluationImages | None]:
+def open_images(args: SSLConfig, num_channels: int) -> tuple[ImageSource, EvaluationImages | None]:
+    """The images of a recipe: to learn from, and to measure with."""
     logging.disable_progress_bar()  # of reading and writing model files; training keeps its own
-    num_channels = args.backbone_config().num_channels
     train_images = load_images(args.train_data or "", split="train", num_channels=num_channels)
     if args.eval_data is None:
         return train_images, None
@@ -101,21 +103,12 @@ def _open_images(args: SSLConfig) -> tuple[ImageSource, EvaluationImages | None]
     )
 
 
-def _train(trainer: SSLTrainer) -> None:
-    """Train to the end of the run, look at the last teacher, and write down the whole log."""
+def train_to_the_end(trainer: RunTrainer) -> None:
+    """Train to the end of the run, look at what has come of it, and write down the whole log."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    evaluated = {entry["step"] for entry in trainer.state.log_history if described(entry)}
+    evaluated = {entry["step"] for entry in trainer.state.log_history if is_evaluation(entry)}
     evaluates = args.eval_data is not None or args.eval_strategy != IntervalStrategy.NO
     if evaluates and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     trainer.save_state()  # trainer_state.json
-
-
-def accuracies(log_history: list[dict[str, float]]) -> list[str]:
-    """A line for each kNN accuracy of a run."""
-    return [
-        f"kNN top-1 accuracy of the teacher at step {int(entry['step']):>6,}: {entry['eval_knn_top1']:5.1f} %"
-        for entry in log_history
-        if "eval_knn_top1" in entry
-    ]

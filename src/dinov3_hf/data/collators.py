@@ -24,7 +24,7 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     merged = [name for name in samples[0] if name != "image"]
     batch: dict[str, Any] = {name: _crop_major([sample[name] for sample in samples]) for name in merged}
-    return batch | {"first_image": samples[0]["image"]} | _mask_entries(batch["mask"])
+    return batch | {"first_image": samples[0]["image"]} | mask_entries(batch["mask"])
 
 
 def subset_batch(batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     others = ("first_image", "mask_indices", "mask_weight")
     rows = {name: values for name, values in batch.items() if name not in others}
     part: dict[str, Any] = _images(rows, _num_images(batch), start, stop)
-    return part | {"first_image": batch["first_image"] + start} | _mask_entries(part["mask"])
+    return part | {"first_image": batch["first_image"] + start} | mask_entries(part["mask"])
 
 
 def _crop_major(values: list[Any]) -> Any:
@@ -71,7 +71,8 @@ def _images(values: Any, num_images: int, start: int, stop: int) -> Any:
     return values.reshape(num_crops, num_images, *rest)[:, start:stop].reshape(num_crops * (stop - start), *rest)
 
 
-def _mask_entries(mask: Tensor) -> dict[str, Tensor]:
+def mask_entries(mask: Tensor) -> dict[str, Tensor]:
+    """`mask_indices` and `mask_weight` of a mask (2B, P), as `collate_views` returns them."""
     num_masked = mask.sum(1, keepdim=True)  # (2B, 1)
     weight = (1 / num_masked.clamp(min=1)).expand_as(mask)[mask]  # (M,)
     return {"mask_indices": mask.flatten().nonzero().flatten(), "mask_weight": weight}

@@ -7,6 +7,7 @@ into such ranges: by rows (FSDP2), or anywhere (ZeRO). Key of a piece in its fil
 has the shapes of the whole tensors.
 """
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,15 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]  # of the whole tensor
     start: int
     values: Tensor  # (n,)
+
+    def of_network(self, network: str) -> "Piece":
+        """The same piece where several networks with equal names inside are saved together; see `StateReader.of`."""
+        return self._replace(name=_name_in(network, self.name))
+
+
+def _name_in(network: str, name: str) -> str:
+    kind, has_parameter, parameter = name.partition("/")  # param/student.backbone..., or num_steps
+    return f"{kind}/{network}.{parameter}" if has_parameter else f"{kind}/{network}"
 
 
 def state_file(folder: Path, rank: int, world_size: int) -> Path:
@@ -99,6 +109,20 @@ class StateReader:
                     self._stored.setdefault(name, []).append(_Stored(int(start), int(start) + count, path, key))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no file of a training state ({error}); name another checkpoint.") from error
+
+    def of(self, network: str) -> "StateReader":
+        """What `Piece.of_network` has saved, under the names that it has by itself."""
+        part, prefix = copy.copy(self), f"{network}."
+
+        def own(name: str) -> str | None:
+            kind, _, rest = name.partition("/")
+            if rest == network:
+                return kind
+            return f"{kind}/{rest.removeprefix(prefix)}" if rest.startswith(prefix) else None
+
+        part._shapes = {mine: shape for name, shape in self._shapes.items() if (mine := own(name)) is not None}
+        part._stored = {mine: stored for name, stored in self._stored.items() if (mine := own(name)) is not None}
+        return part
 
     def names(self) -> list[str]:
         """Of all tensors."""

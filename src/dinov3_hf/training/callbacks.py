@@ -146,15 +146,41 @@ class TrainingProgressCallback(ProgressCallback):
     ) -> None:
         if self.training_bar is None or not logs:
             return
-        if evaluation := described(logs):
-            values = "  ".join(f"{label} {value}" for label, value in evaluation.items())
-            self.training_bar.write(f"step {state.global_step:>7,}  {values}")
-        if "loss" not in logs:
-            return
-        terms = "  ".join(
-            f"{name.removeprefix('loss/')} {value:.3f}" for name, value in logs.items() if name.startswith("loss/")
-        )
-        line = f"step {state.global_step:>7,}  loss {logs['loss']:.3f}  {terms}  lr {logs['learning_rate']:.2e}"
-        if "images_per_second" in logs:
-            line += f"  {logs['images_per_second']:.0f} img/s"
-        self.training_bar.write(line)
+        for line in self.lines(logs, state.global_step):
+            self.training_bar.write(line)
+
+    def lines(self, logs: dict[str, float], step: int) -> list[str]:
+        """What to tell people of a log entry."""
+        rate = f"  {logs['images_per_second']:.0f} img/s" if "images_per_second" in logs else ""
+        lines = [f"step {step:>7,}  {_values(described(logs))}"] if described(logs) else []
+        if "loss" in logs:
+            lines.append(f"step {step:>7,}  {_terms(logs)}  lr {logs['learning_rate']:.2e}{rate}")
+        return lines
+
+
+class StudentsProgressCallback(TrainingProgressCallback):
+    """The same with a line for each student."""
+
+    def lines(self, logs: dict[str, float], step: int) -> list[str]:
+        names = list(dict.fromkeys(key.partition("/")[0] for key in logs if key.count("/") > 0))
+        rate = f"  {logs['images_per_second']:.0f} img/s" if "images_per_second" in logs else ""
+        lines = []
+        for name in names:
+            own = {key.removeprefix(f"{name}/"): value for key, value in logs.items() if key.startswith(f"{name}/")}
+            if evaluation := described(own):
+                lines.append(f"step {step:>7,}  {name}  {_values(evaluation)}")
+            if "loss" in own:
+                lines.append(f"step {step:>7,}  {name}  {_terms(own)}  lr {own['schedule/lr']:.2e}{rate}")
+                rate = ""
+        return lines
+
+
+def _values(evaluation: dict[str, str]) -> str:
+    return "  ".join(f"{label} {value}" for label, value in evaluation.items())
+
+
+def _terms(logs: dict[str, float]) -> str:
+    terms = "".join(
+        f"  {name.removeprefix('loss/')} {value:.3f}" for name, value in logs.items() if name.startswith("loss/")
+    )
+    return f"loss {logs['loss']:.3f}{terms}"

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -88,8 +87,7 @@ class ContinuedTrainer(SSLTrainer):
     def empty_teacher(self) -> SSLNetwork:
         teacher = super().empty_teacher()
         if self.args.lora_rank is not None:
-            with torch.device("meta"):
-                add_adapters(teacher.backbone, self.args.lora_rank, self.args.alpha)
+            add_adapters(teacher.backbone, self.args.lora_rank, self.args.alpha)
         return teacher
 
     def describe_start(self) -> str:

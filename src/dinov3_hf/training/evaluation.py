@@ -186,3 +186,17 @@ def described(logs: Mapping[str, float]) -> dict[str, str]:
         label, template = LABELS.get(name, (name.removeprefix("eval_"), "{:.4g}"))
         shown[label] = template.format(logs[name])
     return shown
+
+
+def is_evaluation(logs: Mapping[str, float]) -> bool:
+    """Whether a log entry has the numbers of an evaluation, of a run's teacher or of one of its students."""
+    return any(name.rpartition("/")[2].startswith("eval_") for name in logs)
+
+
+def accuracies(log_history: list[dict[str, float]], of_what: str = "the teacher") -> list[str]:
+    """A line for each kNN accuracy of a run."""
+    return [
+        f"kNN top-1 accuracy of {of_what} at step {int(entry['step']):>6,}: {entry['eval_knn_top1']:5.1f} %"
+        for entry in log_history
+        if "eval_knn_top1" in entry
+    ]

@@ -17,6 +17,23 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
+class NotFinite(RuntimeError):
+    """
+    No later step will be better.
+
+    Args:
+        step: number of the step, from 1.
+        reason: what is not finite.
+    """
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(
+            f"step {step}: {reason}. The checkpoints are as they were; go on with --resume_from_checkpoint last "
+            "--precision fp32, or start again with a lower learning_rate."
+        )
+        self.reason = reason
+
+
 class NonFiniteGuard:
     """
     Says of each step whether it may touch optimizer and teacher, and ends a run that has none left that may.
@@ -36,7 +53,9 @@ class NonFiniteGuard:
         self.num_skipped = 0
         self._in_a_row = 0
 
-    def passes(self, step: int, values: Mapping[str, float], is_main: bool) -> bool:
+    def passes(
+        self, step: int, values: Mapping[str, float], is_main: bool, left: str = "optimizer and teacher were"
+    ) -> bool:
         """
         Whether every value of a step is finite.
 
@@ -44,9 +63,10 @@ class NonFiniteGuard:
             step: number of the step, from 1.
             values: loss terms and gradient norms, already reduced over ranks, so that all come to the same verdict.
             is_main: whether this process speaks for the run.
+            left: what a step that does not pass leaves as it is, with its verb.
 
         Raises:
-            RuntimeError: it is the third step in a row that does not pass.
+            NotFinite: it is the third step in a row that does not pass.
         """
         not_finite = [name for name, value in values.items() if not math.isfinite(value)]
         self.step_was_skipped = bool(not_finite)
@@ -57,14 +77,11 @@ class NonFiniteGuard:
         self._in_a_row += 1
         culprit = _culprit(not_finite)
         if self._in_a_row == self.max_in_a_row:
-            raise RuntimeError(
-                f"step {step}: {culprit} not finite, the third step in a row. The checkpoints are as they were; go on "
-                "with --resume_from_checkpoint last --precision fp32, or start again with a lower learning_rate."
-            )
+            raise NotFinite(step, f"{culprit} not finite, the third step in a row")
         if is_main:
             logger.warning(
-                "step %d: %s not finite; optimizer and teacher were left as they are, %d of %d in a row.",
-                *(step, culprit, self._in_a_row, self.max_in_a_row),
+                "step %d: %s not finite; %s left as they are, %d of %d in a row.",
+                *(step, culprit, left, self._in_a_row, self.max_in_a_row),
             )
         return False
 

@@ -5,7 +5,7 @@ A block gets a `forward` of its own, which stands inside of whatever is hooked t
 FSDP2 and of ZeRO stay outside of the recomputation and of the compiled code, on all versions of transformers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from dinov3_hf.distributed.engine import Engine
 from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextLayer
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.models.dinov3_pretraining.prototype_head import PrototypeHead
 from dinov3_hf.models.dinov3_vit.layers import DINOv3ViTLayer
 from dinov3_hf.training.precision import Recomputation
 from dinov3_hf.training.recipe_config import RecipeConfig
@@ -61,6 +63,23 @@ def prepare_blocks(model: DINOv3ForPreTraining, args: RecipeConfig) -> None:
     for backbone in (teacher, model.gram_teacher):
         if backbone is not None:
             set_forwards(backbone, "none", args.torch_compile)
+
+
+def shard_networks(engine: Engine, networks: Sequence[nn.Module]) -> None:
+    """
+    Let an engine cut backbones and prototype heads, block by block.
+
+    Args:
+        engine: of the run.
+        networks: each is called on its own; blocks have the forwards that they are to have.
+    """
+    blocks = [block for network in networks for block in blocks_of(network)]
+    products = [
+        module
+        for network in networks
+        for module in (network.children() if isinstance(network, PrototypeHead) else products_of(network))
+    ]
+    engine.shard(networks, blocks, products)
 
 
 def blocks_of(backbone: nn.Module) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -68,6 +68,7 @@ class RunTrainer(Trainer):
 
     args: SSLConfig
     train_dataset: MixedSizes
+    progress_callback: ClassVar[type[TrainingProgressCallback]] = TrainingProgressCallback
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class RunTrainer(Trainer):
         self.add_callback(self.preemption)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(TrainingProgressCallback())
+            self.add_callback(self.progress_callback())
         self.add_callback(IntervalsOfThisRun())
         self._staging: Path | None = None  # while a checkpoint is written
         self._pieces: list[Piece] = []  # for it

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from transformers import PreTrainedConfig
 
@@ -20,6 +20,8 @@ from dinov3_hf.training.schedules import Schedule, TrainingSchedules, resolve_st
 if TYPE_CHECKING:
     from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
     from dinov3_hf.training.forward_draws import StudentDraws
+
+Configured = TypeVar("Configured", bound="DINOv3PreTrainingConfig")
 
 
 @dataclass
@@ -259,6 +261,10 @@ class SSLConfig(GramConfig):
         super().__post_init__()
         self._choose_evaluation()
         self._check_numbers()
+        self._check_networks()
+
+    def _check_networks(self) -> None:
+        """Refuse what does not fit together of network, views, objective and batch."""
         self._complete_heads()
         backbone_config = self.backbone_config()
         self._check_views(backbone_config)
@@ -428,28 +434,34 @@ class SSLConfig(GramConfig):
     def pretraining_config(self) -> "DINOv3PreTrainingConfig":
         """The configuration of [`DINOv3ForPreTraining`]: backbone, heads and objective."""
         from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+
+        return self._with_attention(DINOv3PreTrainingConfig(**self._objective_fields()))
+
+    def _objective_fields(self) -> dict[str, Any]:
+        return {
+            "backbone_config": self.backbone_config(),
+            "dino_head": self.dino_head,
+            "ibot_head": self.ibot_head,
+            "dino_weight": self.dino_weight,
+            "dino_global_ignore_diagonal": self.dino_global_ignore_diagonal,
+            "ibot_weight": self.ibot_weight,
+            "koleo_weight": self.koleo_weight,
+            "koleo_group_size": self.koleo_group_size,
+            "koleo_topk": self.koleo_topk,
+            "student_temperature": self.student_temperature,
+            "sinkhorn_iterations": self.sinkhorn_iterations,
+            "gram_teacher": None if self.gram_teacher is None else ("ema" if self.gram_teacher == EMA else "separate"),
+            "gram_normalize": self.gram_normalize,
+            "gram_per_image": self.gram_per_image,
+            "gram_group_size": self.gram_group_size,
+            "gram_negatives": self.gram_negatives,
+            "gram_tokens": self.gram_tokens,
+            "gram_antialias": self.gram_antialias,
+        }
+
+    def _with_attention(self, config: "Configured") -> "Configured":
         from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-        config = DINOv3PreTrainingConfig(
-            backbone_config=self.backbone_config(),
-            dino_head=self.dino_head,
-            ibot_head=self.ibot_head,
-            dino_weight=self.dino_weight,
-            dino_global_ignore_diagonal=self.dino_global_ignore_diagonal,
-            ibot_weight=self.ibot_weight,
-            koleo_weight=self.koleo_weight,
-            koleo_group_size=self.koleo_group_size,
-            koleo_topk=self.koleo_topk,
-            student_temperature=self.student_temperature,
-            sinkhorn_iterations=self.sinkhorn_iterations,
-            gram_teacher=None if self.gram_teacher is None else ("ema" if self.gram_teacher == EMA else "separate"),
-            gram_normalize=self.gram_normalize,
-            gram_per_image=self.gram_per_image,
-            gram_group_size=self.gram_group_size,
-            gram_negatives=self.gram_negatives,
-            gram_tokens=self.gram_tokens,
-            gram_antialias=self.gram_antialias,
-        )
         if isinstance(config.backbone_config, DINOv3ViTConfig):  # a ConvNeXt has no attention
             config._attn_implementation = self.attn_implementation  # and the backbone's
         return config
@@ -492,12 +504,16 @@ class SSLConfig(GramConfig):
             ),
         )
 
-    def masks(self, sizes: CropSizes) -> MaskSampler:
-        """What draws the masks of the global crops in a step with crops of `sizes`."""
+    def mask_grid(self, sizes: CropSizes) -> int:
+        """Patches along each side of a global crop in a step with crops of `sizes`."""
         from dinov3_hf.models.dinov3_pretraining.backbones import patch_side
 
+        return sizes.global_crop_size // patch_side(self.backbone_config())
+
+    def masks(self, sizes: CropSizes) -> MaskSampler:
+        """What draws the masks of the global crops in a step with crops of `sizes`."""
         return MaskSampler(
-            sizes.global_crop_size // patch_side(self.backbone_config()),
+            self.mask_grid(sizes),
             probability=0.0 if self.mask_free else self.mask_probability,
             ratio_range=(self.mask_ratio[0], self.mask_ratio[1]),
             circular_shift=self.mask_circular_shift,

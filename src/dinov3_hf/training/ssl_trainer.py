@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3_hf.data.sources.base import Images
-from dinov3_hf.distributed.engine import PARAMETER, empty_parameters_to_buffers
+from dinov3_hf.distributed.engine import empty_parameters_to_buffers
 from dinov3_hf.distributed.pieces import Piece, StateReader
 from dinov3_hf.hub.model_card import keep_edited_card
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
@@ -31,7 +31,6 @@ from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import (
     SSLNetwork,
     TeacherLogits,
 )
-from dinov3_hf.models.dinov3_pretraining.prototype_head import PrototypeHead
 from dinov3_hf.training.callbacks import CollapseWarningCallback, TeacherUpdateCallback
 from dinov3_hf.training.checkpoint_writer import STATE
 from dinov3_hf.training.checkpoints import replacing_folder
@@ -40,7 +39,7 @@ from dinov3_hf.training.evaluation import DenseHealthCallback, KnnCallback, ask
 from dinov3_hf.training.gram_config import COPY, EMA
 from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teacher
 from dinov3_hf.training.guards import NonFiniteGuard
-from dinov3_hf.training.memory import blocks_of, prepare_blocks, products_of
+from dinov3_hf.training.memory import prepare_blocks, shard_networks
 from dinov3_hf.training.metrics import RunningMeans, StepValues
 from dinov3_hf.training.param_groups import parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
@@ -50,6 +49,7 @@ from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.starting_point import StartingPoint, find_start
 from dinov3_hf.training.teacher_folder import save_teacher_folder
 from dinov3_hf.training.teacher_publisher import TeacherPublisher
+from dinov3_hf.training.whole_network import network_of_pieces, whole_network
 
 
 class SSLTrainer(TeacherPublisher, RunTrainer):
@@ -137,13 +137,7 @@ class SSLTrainer(TeacherPublisher, RunTrainer):
         networks = [part for network in (model.student, model.teacher) for part in network.children()]
         if model.gram_teacher is not None:
             networks.append(model.gram_teacher)
-        blocks = [block for network in networks for block in blocks_of(network)]
-        products = [
-            module
-            for network in networks
-            for module in (network.children() if isinstance(network, PrototypeHead) else products_of(network))
-        ]
-        self.engine.shard(networks, blocks, products)
+        shard_networks(self.engine, networks)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if self.model_wrapped is not self.model:
@@ -312,34 +306,16 @@ class SSLTrainer(TeacherPublisher, RunTrainer):
         self.engine.load(self.model, self.adamw, reader)
 
     def _complete_checkpoint(self, folder: Path, step: int, log_history: list[dict[str, float]]) -> None:
-        self._write_teacher(self._teacher_of(StateReader(folder / STATE)), folder / "teacher", step, log_history)
+        teacher = network_of_pieces(StateReader(folder / STATE), "teacher", self.empty_teacher)
+        self._write_teacher(teacher, folder / "teacher", step, log_history)
 
     def empty_teacher(self) -> SSLNetwork:
-        """A network like the teacher, without values."""
-        with torch.device("meta"):
-            return SSLNetwork(self.args.pretraining_config())
+        """A network like the teacher; its values mean nothing."""
+        return SSLNetwork(self.args.pretraining_config())
 
-    def _teacher_of(self, reader: StateReader) -> SSLNetwork:
-        prefix = f"{PARAMETER}/teacher."
-        names = [name for name in reader.names() if name.startswith(prefix)]
-        return self._filled({name.removeprefix(prefix): reader.tensor(name) for name in names})
-
-    @torch.no_grad()
     def _whole_teacher(self) -> SSLNetwork:
         """The teacher itself, or where the engine shards it, a copy on rank 0. All ranks call it."""
-        if self.engine.holds_everything:
-            return self.model.teacher
-        is_main, tensors = self.is_world_process_zero(), {}
-        for name, tensor in self.engine.whole_tensors(self.model.teacher):
-            if is_main:
-                tensors[name] = tensor.to("cpu", copy=True)
-        return self._filled(tensors) if is_main else self.model.teacher
-
-    def _filled(self, tensors: dict[str, Tensor]) -> SSLNetwork:
-        teacher = self.empty_teacher()
-        nothing = {name: torch.empty(value.shape) for name, value in teacher.state_dict().items() if not value.numel()}
-        teacher.load_state_dict(nothing | tensors, assign=True)
-        return teacher.requires_grad_(False).eval()
+        return whole_network(self.engine, self.model.teacher, self.empty_teacher, self.is_world_process_zero())
 
     def save_teacher(self, folder: Path) -> None:
         """

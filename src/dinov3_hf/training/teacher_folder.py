@@ -8,26 +8,28 @@ from safetensors.torch import save_file
 from transformers import DINOv3ViTImageProcessor
 
 from dinov3_hf.hub.architecture import open_safetensors
-from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import SSLNetwork
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.training.lora import merged_backbone
 from dinov3_hf.training.ssl_config import SSLConfig
 
 HEADS_FILE = "heads.safetensors"
+PROTOTYPE_HEADS = ("dino_head", "ibot_head")
 
 
-def save_teacher_folder(teacher: SSLNetwork, args: SSLConfig, folder: Path) -> None:
+def save_teacher_folder(teacher: Any, args: SSLConfig, folder: Path) -> None:
     """
     Write backbone, image processor and prototype heads. Low-rank adapters are merged into the weights.
 
     Args:
-        teacher: the EMA teacher, whole (not sharded).
+        teacher: the EMA teacher, or the moving average of a student of a distillation, whole (not sharded).
         args: the recipe, for image size and statistics and for the shapes of the heads.
         folder: created when absent.
     """
     merged_backbone(teacher.backbone).save_pretrained(folder)
     image_processor(args).save_pretrained(folder)
-    heads = {name: part for name, part in teacher.named_children() if name != "backbone"}
+    heads = {name: part for name, part in teacher.named_children() if name in PROTOTYPE_HEADS}
+    if not heads:
+        return
     tensors = {
         f"{head}.{name}": tensor.contiguous()
         for head, part in heads.items()
@@ -46,7 +48,7 @@ def read_head_shapes(path: Path) -> dict[str, dict[str, Any]]:
     """
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
-    return {head: json.loads(metadata[head]) for head in ("dino_head", "ibot_head") if head in metadata}
+    return {head: json.loads(metadata[head]) for head in PROTOTYPE_HEADS if head in metadata}
 
 
 def image_processor(args: SSLConfig) -> DINOv3ViTImageProcessor:

@@ -1,0 +1,383 @@
+"""`DistillationTrainer`: one fixed teacher, several students at once (DINOv3, arXiv 2508.10104, section 5.2).
+
+What it adds to [`RunTrainer`], overrides of the Trainer's internals:
+
+    get_batch_samples       the teacher looks at each image once, for all students; where ranks are in groups, images
+                            and answers go to them
+    training_step           the students of this rank learn from a micro-batch, one after the other
+    _clip_grad_norm         a student whose step is not finite skips it, the third time it is stopped
+    create_optimizer        one step for the optimizers and moving averages of all students;  create_scheduler
+    _wrap_model             each student has been wrapped by its engine
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3_hf.data.sources.base import Images
+from dinov3_hf.distributed.engine import ShardedModel, empty_parameters_to_buffers
+from dinov3_hf.distributed.fsdp2 import FSDP2Engine
+from dinov3_hf.distributed.pieces import Piece, StateReader
+from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
+from dinov3_hf.hub.model_card import keep_edited_card
+from dinov3_hf.models.dinov3_pretraining.distillation_targets import (
+    TeacherAnswer,
+    distillation_targets,
+    teacher_answer,
+)
+from dinov3_hf.plan.student_ranks import choose_student_ranks
+from dinov3_hf.training.callbacks import StudentsProgressCallback, TrainingProgressCallback
+from dinov3_hf.training.checkpoint_writer import STATE
+from dinov3_hf.training.checkpoints import replacing_folder
+from dinov3_hf.training.distillation_config import DistillationConfig
+from dinov3_hf.training.distillation_teacher import DistillationTeacher
+from dinov3_hf.training.evaluation import DenseHealthCallback, Evaluator, KnnCallback, ask
+from dinov3_hf.training.rank_groups import RankGroups
+from dinov3_hf.training.run_card import write_run_card
+from dinov3_hf.training.run_trainer import Batch, EvaluationImages, RunTrainer
+from dinov3_hf.training.student import Student, new_student
+from dinov3_hf.training.student_times import measure_students
+from dinov3_hf.training.teacher_folder import save_teacher_folder
+from dinov3_hf.training.whole_network import network_of_pieces
+
+STOPPED = "stopped_students.json"
+
+
+class DistillationTrainer(RunTrainer):
+    """
+    Trains the students of a recipe to predict what a teacher says of images.
+
+    Args:
+        teacher: of `load_teacher(args.description, bf16=args.bf16)`.
+        args: the recipe.
+        train_images: what to learn from; labels are not looked at.
+        eval_images: labelled reference and query images for the k-nearest-neighbour evaluation of each student; None
+            for the query classifies each reference image by all the others.
+        callbacks: further `TrainerCallback`s; an [`Evaluator`] measures every student.
+
+    Attributes:
+        students: those that this rank trains; their `model` has `student` and `ema`.
+        student_ranks: how many ranks train each student; None where all ranks train all of them in turn.
+        student_seconds: measured, of a step of each on one rank, with `student_ranks: auto`; else None.
+    """
+
+    args: DistillationConfig
+    progress_callback: ClassVar[type[TrainingProgressCallback]] = StudentsProgressCallback
+
+    def __init__(
+        self,
+        teacher: DistillationTeacher,
+        args: DistillationConfig,
+        train_images: Images,
+        eval_images: EvaluationImages | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self._networks = nn.ModuleDict()  # what the Trainer takes for the model
+        super().__init__(self._networks, args, train_images, eval_images, callbacks)
+        self.teacher = teacher
+        self.student_seconds: dict[str, float] | None = None
+        self.student_ranks = self._split_of_ranks()
+        self._groups = None if self.student_ranks is None else RankGroups(args, self.student_ranks)
+        own = args.student_args if self._groups is None else {self._groups.name: self._own_args(self._groups.name)}
+        group = None if self._groups is None else self._groups.group
+        self.students = [
+            Student(name, student, self._evaluators(eval_images), group, self.accelerator.autocast)
+            for name, student in own.items()
+        ]
+        for student in self.students:
+            self._networks[student.name] = student.model
+        self.schedules = args.schedules()  # of what is the same for all students
+        self.stopped: dict[str, int] = {}  # student -> step, on all ranks the same
+        self._is_prepared = False
+        self._skipped = False
+        self._num_parts = 1  # forward passes of each student in the present step
+
+    def _split_of_ranks(self) -> dict[str, int] | None:
+        args = self.args
+        if not isinstance(args.student_ranks, str):
+            return args.student_ranks
+        self.student_seconds = measure_students(args, self.accelerator.autocast)
+        ranks = choose_student_ranks(
+            self.student_seconds, args.world_size, args.global_batch_size // args.smallest_part
+        )
+        args.check_split(ranks)
+        return ranks
+
+    def _own_args(self, name: str) -> Any:
+        assert self.student_ranks is not None
+        return self.args.student(name, self.student_ranks[name])
+
+    def _evaluators(self, eval_images: EvaluationImages | None) -> list[Evaluator]:
+        knn = [] if eval_images is None else [KnnCallback(*eval_images)]
+        return [*knn, DenseHealthCallback(self.train_images)]
+
+    def _prepare_networks(self, afresh: bool) -> None:
+        args, teacher = self.args, self.teacher
+        if args.place_model_on_device or args.launched.engine == "zero2":
+            teacher.to(args.device)
+        elif not self._is_prepared:
+            empty_parameters_to_buffers(teacher.backbone)
+            # Under ZeRO-3 too: DeepSpeed has one engine for one network. Heads are called layer by layer.
+            engine = FSDP2Engine(args.device, False, False, self.accelerator.autocast)
+            engine.shard([teacher.backbone], teacher.blocks())
+            for head in (teacher.dino_head, teacher.ibot_head):
+                if head is not None:
+                    head.to(args.device)
+        self._is_prepared = True
+        for student in self.students:
+            student.prepare()
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.model_wrapped if self.model_wrapped is not self.model else ShardedModel(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        if self.optimizer is None:
+            self.optimizer = _AllOptimizers(self)  # type: ignore[assignment]
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = _AllSchedulers(self.students)  # type: ignore[assignment]
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Batch]], Tensor | int | None]:
+        """
+        The micro-batches of one optimizer step that this rank's students train on, with the teacher's targets,
+        balanced over the whole global batch.
+        """
+        split, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = [part for batch in split for part in batch]
+        answers = [self._ask_teacher(part) for part in parts]
+        if self._groups is not None:
+            parts, answers = self._groups.share_out(parts, answers)
+        self._num_parts = len(parts)
+        masks = [part["mask"].to(device) for part in parts]
+        with self.students[0].in_group():
+            targets = distillation_targets(
+                answers,
+                masks,
+                self.teacher.dino_head,
+                self.teacher.ibot_head,
+                self.schedules.at(self.state.global_step)["teacher_temperature"],
+                self.args.sinkhorn_iterations,
+                self.args.objective,
+            )
+        for part, target in zip(parts, targets, strict=True):
+            part["target"] = target
+        # In as many micro-batches as the Trainer has counted.
+        bounds = [len(parts) * k // len(split) for k in range(len(split) + 1)]
+        return [parts[start:stop] for start, stop in pairwise(bounds)], num_items
+
+    def _ask_teacher(self, part: Batch) -> TeacherAnswer:
+        inputs = self._prepare_inputs({name: part[name] for name in ("global_crops", "global_photometric", "mask")})
+        crops = self.photometric(inputs["global_crops"], inputs["global_photometric"])
+        tokens = self.teacher(self._normalized_for_teacher(crops))
+        args = self.args
+        side = args.mask_grid(args.crop_size_mix().sizes[0])
+        return teacher_answer(
+            tokens,
+            self.teacher.dino_head,
+            None if args.mask_free else self.teacher.ibot_head,
+            inputs["mask"],
+            (side, side),
+            objective=args.objective,
+            with_patches=args.objective == "features" or args.gram_teacher is not None,
+        )
+
+    def _normalized_for_teacher(self, crops: Tensor) -> Tensor:
+        """Crops (I, C, H, W) as the teacher's image processor would normalise them."""
+        statistics, args = self.teacher.description.statistics, self.args
+        if (list(statistics.mean), list(statistics.std)) == (args.image_mean, args.image_std):
+            return crops
+        mean, std, theirs, their_std = (
+            torch.tensor(values, device=crops.device).view(-1, 1, 1)
+            for values in (args.image_mean, args.image_std, statistics.mean, statistics.std)
+        )
+        return (crops * std + mean - theirs) / their_std
+
+    def training_step(  # type: ignore[override]  # what get_batch_samples returns
+        self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        model.train()
+        loss = torch.zeros((), device=self.args.device)
+        active = [student for student in self.students if student.is_active]
+        for part in inputs if active else []:
+            is_last = self.accelerator.sync_gradients and part is inputs[-1]
+            views = self._views(part)
+            for student in active:
+                loss += student.learn(views, self.state.global_step, 1 / self._num_parts, is_last)
+        # The log has the means over good steps; the Trainer's own sum would stay NaN for the rest of the run.
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
+    def _views(self, part: Batch) -> Batch:
+        """What the students see: crops finished, and in their size."""
+        inputs = self._prepare_inputs(part)
+        crops = {
+            f"{kind}_crops": self._resized(
+                self.photometric(inputs[f"{kind}_crops"], inputs[f"{kind}_photometric"]), size
+            )
+            for kind, size in (("global", self.args.global_crop_size), ("local", self.args.local_crop_size))
+        }
+        return {**inputs, **crops, "target": part["target"]}
+
+    def _resized(self, crops: Tensor, size: int) -> Tensor:
+        scale = self.args.teacher_to_student_scale
+        if scale == 1 or len(crops) == 0:
+            return crops
+        side = int(size / scale)
+        return F.interpolate(crops, (side, side), mode="bilinear", align_corners=False, antialias=True)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        step = self.state.global_step + 1
+        norms = [student.settle_step(step) for student in self.students if student.is_active]
+        skipped = any(student.guard.step_was_skipped for student in self.students if student.is_active)
+        names = list(self.args.students)
+        own = {student.name: float(student.stopped_at or 0) for student in self.students}
+        told = [float(len(self._step_failures)), float(self.preemption.is_told), float(skipped)]
+        told += [own.get(name, 0.0) for name in names]
+        failures, preempted, any_skipped, *stopped = all_reduce_max(
+            torch.tensor(told, device=self.args.device)
+        ).tolist()
+        self.stopped = {name: int(at) for name, at in zip(names, stopped, strict=True) if at}
+        self._skipped = any_skipped > 0
+        self._settle_run(any_failures=failures > 0, any_preempted=preempted > 0)
+        if len(self.stopped) == len(names):
+            raise RuntimeError(
+                f"step {step}: no student is left, the losses of all are not finite. The checkpoints are as they "
+                "were; go on with --resume_from_checkpoint last --precision fp32, or start again with a lower "
+                "learning_rate."
+            )
+        return float(torch.tensor(norms or [0.0]).norm())
+
+    @property
+    def _step_was_skipped(self) -> bool:
+        return self._skipped
+
+    def _ask_evaluators(self, prefix: str) -> dict[str, float]:
+        found = []
+        for student in self.students:
+            network = student.whole_ema()
+            if student.speaks:
+                further = [c for c in self.callback_handler.callbacks if isinstance(c, Evaluator)]
+                backbone: Any = nn.Module.to(network.get_submodule("backbone"), self.args.device)
+                numbers = ask([*student.evaluators, *further], backbone, student.args)
+                found.append({f"{student.name}/{prefix}_{name}": value for name, value in numbers.items()})
+        return {name: value for numbers in gather_lists(found) for name, value in numbers.items()}
+
+    def _training_values(self, step: int) -> dict[str, float]:
+        values = self.schedules.at(step - 1)  # of the step just taken
+        own = [
+            {f"{student.name}/{name}": value for name, value in student.pop_log(step - 1).items()}
+            for student in self.students
+            if student.speaks
+        ]
+        students = {name: value for numbers in gather_lists(own) for name, value in numbers.items()}
+        losses = [value for name, value in students.items() if name.endswith("/loss") and name.count("/") == 1]
+        return {
+            "loss": sum(losses),
+            **students,
+            "learning_rate": values["lr"],
+            "schedule/teacher_temperature": values["teacher_temperature"],
+        }
+
+    def _save_config(self, folder: Path) -> None:
+        (folder / STOPPED).write_text(json.dumps(self.stopped), encoding="utf-8")
+
+    def _state_pieces(self) -> Iterator[Piece]:
+        for student in self.students:
+            yield from student.pieces()
+
+    def _load_state(self, reader: StateReader) -> None:
+        self.stopped = json.loads((reader.folder.parent / STOPPED).read_text(encoding="utf-8"))
+        for student in self.students:
+            student.load(reader)
+            student.stopped_at = self.stopped.get(student.name)
+
+    def _complete_checkpoint(self, folder: Path, step: int, log_history: list[dict[str, float]]) -> None:
+        reader = StateReader(folder / STATE)
+        for name, args in self.args.student_args.items():
+            network = network_of_pieces(reader.of(name), "ema", lambda args=args: new_student(args).ema)  # type: ignore[misc]
+            self._write_student(network, name, folder / name, step, log_history)
+
+    def save_students(self, folder: Path) -> str:
+        """
+        Write each student's moving average as a model folder `folder`/NAME that plain `transformers` opens, with its
+        prototype heads beside it. A model card in it that somebody has edited stays. All ranks call it.
+
+        Returns:
+            What to tell people.
+
+        Raises:
+            OSError: one could not be written; its folder is as it was.
+        """
+        for student in self.students:
+            network = student.whole_ema()
+            if student.speaks:
+                with replacing_folder(folder / student.name) as staged:
+                    keep_edited_card(folder / student.name, staged)
+                    self._write_student(network, student.name, staged, self.state.global_step, self.state.log_history)
+        self.accelerator.wait_for_everyone()
+        lines = [
+            f"{folder / name}" + (f" (stopped at step {self.stopped[name]:,})" if name in self.stopped else "")
+            for name in self.args.students
+        ]
+        return "\n".join(["The students are in", *(f"  {line}" for line in lines)])
+
+    def _write_student(
+        self, network: nn.Module, name: str, folder: Path, step: int, log_history: list[dict[str, float]]
+    ) -> None:
+        args = self.args.student_args[name]
+        save_teacher_folder(network, args, folder)
+        write_run_card(folder, args, self.stopped.get(name, step), of_student(name, log_history))
+
+
+def of_student(name: str, log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The log of a student as if it were alone: its values under their own names."""
+    prefix = f"{name}/"
+    return [
+        {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix) or key == "step"}
+        for entry in log_history
+    ]
+
+
+class _AllOptimizers:
+    """What the Trainer calls in the place of an optimizer: every student moves."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+        self.param_groups = [group for student in trainer.students for group in student.adamw.param_groups]
+
+    def step(self) -> None:
+        for student in self._trainer.students:
+            student.move(self._trainer.state.global_step)
+
+
+class _AllSchedulers:
+    """What the Trainer calls in the place of a scheduler."""
+
+    def __init__(self, students: list[Student]) -> None:
+        self._schedulers = [student.scheduler for student in students]
+
+    def step(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.step()
+
+    def get_last_lr(self) -> list[Any]:
+        return [rate for scheduler in self._schedulers for rate in scheduler.get_last_lr()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All are at the same step."""
+        return self._schedulers[0].state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for scheduler in self._schedulers:
+            scheduler.load_state_dict(dict(state_dict))
