@@ -116,7 +116,7 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[PreTrai
     return model.to(device).eval(), AutoImageProcessor.from_pretrained(source)
 
 
-def load_weights(model_class: Any, source: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+def load_weights(model_class: Any, source: str, **options: Any) -> tuple[Any, set[str]]:
     """
     `model_class.from_pretrained(source, **options)`.
 

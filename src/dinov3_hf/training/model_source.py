@@ -32,7 +32,7 @@ def locate_model(name: str, field: str) -> str:
             raise FileNotFoundError(f"there is no {field} {name}; name a model folder, or OWNER/NAME on the Hub.")
         raise ValueError(f"{field} {name} is a file; {how_to_convert(name, field)}.")
     if path.is_dir():
-        return str(_model_folder(path, name))
+        return str(_model_folder(path, f"{field} {name}"))
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
         raise FileNotFoundError(f"there is no {field} folder {name}; name one that exists, or OWNER/NAME on the Hub.")
     return name
@@ -69,30 +69,29 @@ def read_fields(source: str, name: str, field: str) -> dict[str, Any]:
 
 def read_statistics(source: str) -> ChannelStatistics:
     """
-    What the image processor of a model normalises with.
+    What the images of a model are normalised with: its image processor says it, or the configuration of timm.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: nothing says it.
     """
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    of_timm = fields.get("pretrained_cfg", {})
+    if {"mean", "std"} <= of_timm.keys():
+        return ChannelStatistics(tuple(of_timm["mean"]), tuple(of_timm["std"]))
     try:
         processor: Any = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise no_image_processor(source) from error
+        raise FileNotFoundError(
+            f"{source} has no image processor (preprocessor_config.json), which says how its images are normalised; "
+            "copy the one of the original model into it."
+        ) from error
     return ChannelStatistics(tuple(processor.image_mean), tuple(processor.image_std))
 
 
-def no_image_processor(source: str) -> FileNotFoundError:
-    """For a model that does not say how its images are normalised."""
-    return FileNotFoundError(
-        f"{source} has no image processor (preprocessor_config.json), which says how its images are normalised; "
-        "copy the one of the original model into it."
-    )
-
-
-def _model_folder(path: Path, name: str) -> Path:
+def _model_folder(path: Path, what: str) -> Path:
     if (path / MANIFEST).is_file() or path in checkpoints(path.parent):
         if (why := problem(path)) is not None:
-            raise ValueError(f"{name} is no complete checkpoint: {why}; name another one.")
+            raise ValueError(f"{what} is no complete checkpoint: {why}; name another one.")
     elif _is_model(path):
         return path
     whole = [folder for folder in reversed(checkpoints(path)) if problem(folder) is None]
@@ -100,8 +99,8 @@ def _model_folder(path: Path, name: str) -> Path:
         if _is_model(holder / TEACHER):
             return holder / TEACHER
     models = sorted(folder for folder in path.iterdir() if folder.is_dir() and _is_model(folder))
-    example = models[0] if models else f"{name}/{TEACHER} of a run"
-    raise FileNotFoundError(f"{name} holds no config.json of a model; name a model folder, such as {example}.")
+    example = models[0] if models else f"{path / TEACHER} of a run"
+    raise FileNotFoundError(f"{what} holds no config.json of a model; name a model folder, such as {example}.")
 
 
 def _is_model(folder: Path) -> bool:
