@@ -43,7 +43,7 @@ def distil(args: DistillationConfig) -> None:
 
 def describe(trainer: DistillationTrainer) -> str:
     """In a few lines who learns what from whom, and where."""
-    args, ranks = trainer.args, trainer.student_ranks
+    args, ranks = trainer.args, trainer.args.split
     lines = [f"Teacher {args.description.source}: {args.description.summary}; objective {args.objective}."]
     for name, student in args.student_args.items():
         backbone = student.backbone_config()

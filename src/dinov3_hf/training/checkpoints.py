@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_HIDDEN = re.compile(r"\.(?P<name>checkpoint-\d+|teacher)\.(?P<state>saving|old|deleting)")
+_HIDDEN = re.compile(r"\.(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)\.(?P<state>saving|old|deleting)")
 _CHUNK = 1 << 24  # bytes
 
 

@@ -41,6 +41,8 @@ class DistillationConfig(StudentConfig):
     `OF_A_STUDENT`. The others are the run's: all students see the same crops and the same masks of patches.
     `teacher_momentum_schedule` is the momentum of a student's moving average, which is what is saved.
 
+    `student_args` has the arguments of each student by name, `split` the ranks of each.
+
     Inherited defaults that are changed, beside those of [`RecipeConfig`]: `output_dir="runs/distill"`,
     `teacher_temperature_schedule=0.07`, `freeze_last_layer_steps=0` (published ViT-L).
     """
@@ -96,7 +98,8 @@ class DistillationConfig(StudentConfig):
         self._choose_patch_size()
         self.description.check_crop(self.global_crop_size)
         self._check_scale()
-        self.student_args = {name: self.student(name) for name in self.students}
+        self.split: dict[str, int] | None = None  # ranks of each student; None where they take turns
+        self.student_args = {name: self._student(name, None) for name in self.students}
         self._check_grids()
         self._check_student_ranks()
         if self.launched.engine in ("zero2", "zero3") and (len(self.students) > 1 or self.student_ranks is not None):
@@ -205,21 +208,22 @@ class DistillationConfig(StudentConfig):
                 f"{len(self.students)} processes, or set student_ranks: null to train them in turn."
             )
         if not isinstance(ranks, str):
-            self.check_split(ranks)
+            self.split_ranks(ranks)
 
-    def check_split(self, ranks: Mapping[str, int]) -> None:
-        """Refuse a split of the ranks that the run cannot have.
+    def split_ranks(self, ranks: Mapping[str, int]) -> None:
+        """
+        Give each student its ranks, before a trainer is made.
 
         Raises:
-            ValueError: it is one of another number of ranks, or the batch does not divide.
+            ValueError: they are not all ranks, or the batch does not divide.
         """
         if sum(ranks.values()) != self.world_size:
             raise ValueError(
                 f"student_ranks {dict(ranks)} are {sum(ranks.values())} ranks, but {self.world_size} have been "
                 "started; change one, or set student_ranks: auto."
             )
-        for name, count in ranks.items():
-            self.student(name, count)
+        self.split = {name: ranks[name] for name in self.students}
+        self.student_args = {name: self._student(name, count) for name, count in self.split.items()}
 
     @property
     def smallest_part(self) -> int:
@@ -227,18 +231,7 @@ class DistillationConfig(StudentConfig):
         wanted: int | None = self._given["per_device_train_batch_size"]
         return wanted or 1
 
-    def student(self, name: str, num_ranks: int | None = None) -> StudentConfig:
-        """
-        What a student is trained by.
-
-        Args:
-            name: of the student.
-            num_ranks: that train it; None is all, in turn with the others.
-
-        Raises:
-            ArgumentError: a field of its block does not exist, or is of the wrong type.
-            ValueError: its own checks.
-        """
+    def _student(self, name: str, num_ranks: int | None) -> StudentConfig:
         fields = self._fields_of(name)
         wanted = self._given["per_device_train_batch_size"]
         try:

@@ -11,7 +11,8 @@ What it adds to [`RunTrainer`], overrides of the Trainer's internals:
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from dinov3_hf.data.sources.base import Images
 from dinov3_hf.distributed.engine import ShardedModel, empty_parameters_to_buffers
 from dinov3_hf.distributed.fsdp2 import FSDP2Engine
-from dinov3_hf.distributed.pieces import Piece, StateReader
+from dinov3_hf.distributed.pieces import Piece, StateReader, on_host, state_file, write_pieces
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
 from dinov3_hf.hub.model_card import keep_edited_card
 from dinov3_hf.models.dinov3_pretraining.distillation_targets import (
@@ -35,7 +36,7 @@ from dinov3_hf.plan.student_ranks import choose_student_ranks
 from dinov3_hf.training.callbacks import StudentsProgressCallback, TrainingProgressCallback
 from dinov3_hf.training.checkpoint_writer import STATE
 from dinov3_hf.training.checkpoints import replacing_folder
-from dinov3_hf.training.distillation_config import DistillationConfig
+from dinov3_hf.training.distillation_config import AUTO, DistillationConfig
 from dinov3_hf.training.distillation_teacher import DistillationTeacher
 from dinov3_hf.training.evaluation import DenseHealthCallback, Evaluator, KnnCallback, ask
 from dinov3_hf.training.rank_groups import RankGroups
@@ -63,7 +64,6 @@ class DistillationTrainer(RunTrainer):
 
     Attributes:
         students: those that this rank trains; their `model` has `student` and `ema`.
-        student_ranks: how many ranks train each student; None where all ranks train all of them in turn.
         student_seconds: measured, of a step of each on one rank, with `student_ranks: auto`; else None.
     """
 
@@ -78,14 +78,14 @@ class DistillationTrainer(RunTrainer):
         eval_images: EvaluationImages | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        self.student_seconds = self._measured_split(args) if args.student_ranks == AUTO else None
         self._networks = nn.ModuleDict()  # what the Trainer takes for the model
         super().__init__(self._networks, args, train_images, eval_images, callbacks)
         self.teacher = teacher
-        self.student_seconds: dict[str, float] | None = None
-        self.student_ranks = self._split_of_ranks()
-        self._groups = None if self.student_ranks is None else RankGroups(args, self.student_ranks)
-        own = args.student_args if self._groups is None else {self._groups.name: self._own_args(self._groups.name)}
-        group = None if self._groups is None else self._groups.group
+        self._groups = None if args.split is None else RankGroups(args)
+        own, group = args.student_args, None
+        if self._groups is not None:
+            own, group = {self._groups.name: own[self._groups.name]}, self._groups.group
         self.students = [
             Student(name, student, self._evaluators(eval_images), group, self.accelerator.autocast)
             for name, student in own.items()
@@ -98,20 +98,11 @@ class DistillationTrainer(RunTrainer):
         self._skipped = False
         self._num_parts = 1  # forward passes of each student in the present step
 
-    def _split_of_ranks(self) -> dict[str, int] | None:
-        args = self.args
-        if not isinstance(args.student_ranks, str):
-            return args.student_ranks
-        self.student_seconds = measure_students(args, self.accelerator.autocast)
-        ranks = choose_student_ranks(
-            self.student_seconds, args.world_size, args.global_batch_size // args.smallest_part
-        )
-        args.check_split(ranks)
-        return ranks
-
-    def _own_args(self, name: str) -> Any:
-        assert self.student_ranks is not None
-        return self.args.student(name, self.student_ranks[name])
+    @staticmethod
+    def _measured_split(args: DistillationConfig) -> dict[str, float]:
+        seconds = measure_students(args)
+        args.split_ranks(choose_student_ranks(seconds, args.world_size, args.global_batch_size // args.smallest_part))
+        return seconds
 
     def _evaluators(self, eval_images: EvaluationImages | None) -> list[Evaluator]:
         knn = [] if eval_images is None else [KnnCallback(*eval_images)]
@@ -304,9 +295,8 @@ class DistillationTrainer(RunTrainer):
 
     def _complete_checkpoint(self, folder: Path, step: int, log_history: list[dict[str, float]]) -> None:
         reader = StateReader(folder / STATE)
-        for name, args in self.args.student_args.items():
-            network = network_of_pieces(reader.of(name), "ema", lambda args=args: new_student(args).ema)  # type: ignore[misc]
-            self._write_student(network, name, folder / name, step, log_history)
+        for name in self.args.students:
+            self._write_student(reader, name, folder / name, step, log_history)
 
     def save_students(self, folder: Path) -> str:
         """
@@ -319,23 +309,42 @@ class DistillationTrainer(RunTrainer):
         Raises:
             OSError: one could not be written; its folder is as it was.
         """
-        for student in self.students:
-            network = student.whole_ema()
-            if student.speaks:
-                with replacing_folder(folder / student.name) as staged:
-                    keep_edited_card(folder / student.name, staged)
-                    self._write_student(network, student.name, staged, self.state.global_step, self.state.log_history)
-        self.accelerator.wait_for_everyone()
+        # Not from process to process: the first of a group may be another than the first of all, which writes.
+        state = folder / ".students.saving"
+        averages = [piece for piece in self._state_pieces() if ".ema." in piece.name]
+        self._together(
+            lambda: write_pieces(state_file(state, self.args.process_index, self.args.world_size), on_host(averages))
+        )
+        self._as_first_process(lambda: self._put_students_together(StateReader(state), folder))
+        if self.is_world_process_zero():
+            shutil.rmtree(state)
         lines = [
             f"{folder / name}" + (f" (stopped at step {self.stopped[name]:,})" if name in self.stopped else "")
             for name in self.args.students
         ]
         return "\n".join(["The students are in", *(f"  {line}" for line in lines)])
 
+    def _together(self, write: Callable[[], None]) -> None:
+        """Let all ranks write; what one of them finds wrong is every rank's error."""
+        errors = []
+        try:
+            write()
+        except OSError as error:
+            errors = [str(error)]
+        for message in gather_lists(errors):
+            raise OSError(message)
+
+    def _put_students_together(self, reader: StateReader, folder: Path) -> None:
+        for name in self.args.students:
+            with replacing_folder(folder / name) as staged:
+                keep_edited_card(folder / name, staged)
+                self._write_student(reader, name, staged, self.state.global_step, self.state.log_history)
+
     def _write_student(
-        self, network: nn.Module, name: str, folder: Path, step: int, log_history: list[dict[str, float]]
+        self, reader: StateReader, name: str, folder: Path, step: int, log_history: list[dict[str, float]]
     ) -> None:
         args = self.args.student_args[name]
+        network = network_of_pieces(reader.of(name), "ema", lambda: new_student(args).ema)
         save_teacher_folder(network, args, folder)
         write_run_card(folder, args, self.stopped.get(name, step), of_student(name, log_history))
 

@@ -28,23 +28,22 @@ _CROPS = ("global", "local")
 class RankGroups:
     """
     Args:
-        args: of the run.
-        num_ranks: of each student; together all ranks.
+        args: of the run, with a `split` of the ranks.
 
     Attributes:
         name: of the student that this rank trains.
         group: of the ranks that train it.
     """
 
-    def __init__(self, args: DistillationConfig, num_ranks: Mapping[str, int]) -> None:
+    def __init__(self, args: DistillationConfig) -> None:
         self._device = args.device
         timeout = timedelta(seconds=args.ddp_timeout)
         me, batch_size, first = args.process_index, args.global_batch_size, 0
         layouts = []
-        for name, count in num_ranks.items():
+        for name, count in (args.split or {}).items():
             ranks = tuple(range(first, first + count))
             first += count
-            layout = Layout(ranks, args.student(name, count).train_batch_size, batch_size)
+            layout = Layout(ranks, args.student_args[name].train_batch_size, batch_size)
             group: Any = dist.new_group(list(ranks), timeout=timeout)  # every rank makes every group
             if me in ranks:
                 self.name, self.group, self._layout = name, group, layout

@@ -10,7 +10,6 @@ published Gram anchoring, which goes on counting at a million steps, is `state` 
 the published high-resolution stage is `teacher`.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +30,12 @@ from dinov3_hf.training.checkpoint_writer import STATE
 from dinov3_hf.training.checkpoints import MANIFEST, checkpoints
 from dinov3_hf.training.resume import complete_checkpoint, newest_checkpoint
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.teacher_folder import HEADS_FILE, read_head_shapes
 
 StartWith = Literal["state", "teacher"]
 NETWORKS = ("student", "teacher")
 HEADS = {"dino_head": "DINO", "ibot_head": "iBOT"}
-_TEACHER, _HEADS_FILE = "teacher", "heads.safetensors"
+_TEACHER = "teacher"
 _NAME_ONE = "name the output folder of a run, one of its checkpoint-N, or a teacher/"
 
 
@@ -125,7 +125,7 @@ def find_start(args: SSLConfig) -> StartingPoint:
     if args.start_with == "teacher":
         folder = _teacher_folder(source)
         config = _backbone_config(folder)
-        heads = _heads_of_file(folder / _HEADS_FILE)
+        heads = _heads_of_file(folder / HEADS_FILE)
     else:
         folder = checkpoint_folder(source)
         whole = _config_of_checkpoint(folder)
@@ -154,7 +154,7 @@ def checkpoint_folder(source: Path) -> Path:
         return complete_checkpoint(source)
     if checkpoints(source):
         return newest_checkpoint(source, "start from", remedy="name another run")
-    if (source / _TEACHER / "config.json").is_file() or (source / _HEADS_FILE).is_file():
+    if (source / _TEACHER / "config.json").is_file() or (source / HEADS_FILE).is_file():
         raise FileNotFoundError(
             f"{source} holds a teacher but no checkpoint-N with student and optimizer; set start_with: teacher, which "
             "begins with the teacher and a fresh optimizer, or name another run."
@@ -169,7 +169,7 @@ def _teacher_folder(source: Path) -> Path:
         return source / _TEACHER
     if checkpoints(source):
         return newest_checkpoint(source, "start from", remedy="name another run") / _TEACHER
-    if (source / _HEADS_FILE).is_file():
+    if (source / HEADS_FILE).is_file():
         return source
     raise _nothing_there(source)
 
@@ -177,7 +177,7 @@ def _teacher_folder(source: Path) -> Path:
 def _nothing_there(source: Path) -> FileNotFoundError:
     if (source / "config.json").is_file():
         return FileNotFoundError(
-            f"{source} is a model without prototype heads ({_HEADS_FILE}), with which a stage goes on; {_NAME_ONE}, "
+            f"{source} is a model without prototype heads ({HEADS_FILE}), with which a stage goes on; {_NAME_ONE}, "
             "or train fresh heads for it with continue_pretraining.py."
         )
     return FileNotFoundError(f"{source} holds no checkpoint-N and no teacher/; {_NAME_ONE}.")
@@ -222,9 +222,7 @@ def _heads_of_file(path: Path) -> dict[str, dict[str, Any]]:
             f"{path.parent} has no {path.name}, the prototype heads with which a stage goes on; {_NAME_ONE}, or train "
             "fresh heads for it with continue_pretraining.py."
         )
-    with open_safetensors(path) as file:
-        metadata = file.metadata() or {}
-    heads = {head: json.loads(metadata[head]) for head in HEADS if head in metadata}
+    heads = read_head_shapes(path)
     if "dino_head" not in heads:
         raise ValueError(f"{path} holds no DINO head; {_NAME_ONE}.")
     return heads
@@ -307,7 +305,7 @@ def _shapes(folder: Path, start_with: StartWith) -> Iterator[tuple[str, tuple[in
 def _teacher_files(folder: Path) -> list[tuple[Path, str]]:
     """Files of weights, and what stands before the names in them: the backbone, or nothing."""
     backbone = [*sorted(folder.glob(WEIGHTS)), *folder.glob("extras.safetensors")]
-    return [*((path, "backbone.") for path in backbone), (folder / _HEADS_FILE, "")]
+    return [*((path, "backbone.") for path in backbone), (folder / HEADS_FILE, "")]
 
 
 def _step_of(folder: Path) -> int | None:

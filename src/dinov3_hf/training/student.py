@@ -1,6 +1,7 @@
 """One of the students of a distillation: network, moving average, and whatever else each student has of its own."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -121,12 +122,15 @@ class Student:
         if world_size() == 1:
             return ShardedModel(self.model, self._autocast)
         device = self.args.device
-        parallel = DistributedDataParallel(
-            self.model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            process_group=self.group,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():
+            # There is no other name yet for leaving buffers alone.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            parallel = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                process_group=self.group,
+                broadcast_buffers=False,
+            )
         return ShardedModel(parallel, self._autocast, parallel.no_sync)
 
     def learn(self, views: Batch, step: int, share: float, is_last: bool) -> Tensor:

@@ -1,8 +1,6 @@
 """How long students take on this machine, by which ranks are given to them."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,25 +17,20 @@ from dinov3_hf.training.student_config import StudentConfig
 REPETITIONS = 3
 
 
-def measure_students(
-    args: DistillationConfig, autocast: Callable[[], AbstractContextManager[Any]]
-) -> dict[str, float]:
+def measure_students(args: DistillationConfig) -> dict[str, float]:
     """
     Seconds of a step of each student on one rank with the whole global batch: forward and backward pass on random
     crops of a micro-batch, the best of three, the mean over the ranks. All ranks call it.
 
     Args:
         args: of the run.
-        autocast: gives the context of each forward.
     """
-    seconds = {name: _seconds_of_image(student, args, autocast) for name, student in args.student_args.items()}
+    seconds = {name: _seconds_of_image(student, args) for name, student in args.student_args.items()}
     total = all_reduce_sum(torch.tensor(list(seconds.values()), device=args.device)) / world_size()
     return dict(zip(seconds, (total * args.global_batch_size).tolist(), strict=True))
 
 
-def _seconds_of_image(
-    student: StudentConfig, args: DistillationConfig, autocast: Callable[[], AbstractContextManager[Any]]
-) -> float:
+def _seconds_of_image(student: StudentConfig, args: DistillationConfig) -> float:
     model = nn.Module.to(new_student(student), args.device).train()
     num_images = args.train_batch_size
     inputs = _inputs(student, args, num_images)
@@ -45,7 +38,7 @@ def _seconds_of_image(
     for _ in range(1 + REPETITIONS):  # the first to warm up
         _finish(args.device)
         start = time.perf_counter()
-        with autocast():
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             loss = model(**inputs).loss
         loss.backward()
         _finish(args.device)
