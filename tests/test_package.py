@@ -26,7 +26,9 @@ from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import (
     DINOv3ConvNextNativeBackbone,
     DINOv3ConvNextNativeModel,
 )
+from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import (
@@ -111,6 +113,13 @@ def test_import_loads_models_and_nothing_else():
             DINOv3PreTrainingConfig(backbone_config=TINY, dino_head=HEAD, ibot_head=HEAD),
             DINOv3ForPreTraining,
         ),
+        (
+            AutoModelForPreTraining,
+            DINOv3DistillationConfig(
+                backbone_config=TINY, dino_head=HEAD, ibot_head=HEAD, patch_size=TINY["patch_size"]
+            ),
+            DINOv3ForDistillation,
+        ),
     ],
 )
 def test_our_configurations_build_our_models(auto_class, config, expected):
@@ -123,6 +132,7 @@ def test_our_model_types_are_known():
     assert type(AutoConfig.for_model("dinov3_vit_native")) is DINOv3ViTNativeConfig
     assert type(AutoConfig.for_model("dinov3_convnext_native")) is DINOv3ConvNextNativeConfig
     assert type(AutoConfig.for_model("dinov3_pretraining")) is DINOv3PreTrainingConfig
+    assert type(AutoConfig.for_model("dinov3_distillation")) is DINOv3DistillationConfig
 
 
 def test_entries_of_stock_are_untouched():
@@ -189,7 +199,7 @@ def test_override_native(tmp_path):
     assert checksum == pytest.approx(model(images()).pooler_output.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("config_class", [DINOv3ViTNativeConfig, DINOv3PreTrainingConfig])
+@pytest.mark.parametrize("config_class", [DINOv3ViTNativeConfig, DINOv3PreTrainingConfig, DINOv3DistillationConfig])
 def test_a_model_type_that_is_taken_fails_loudly(config_class, monkeypatch):
     class Other(PreTrainedConfig):
         model_type = f"{config_class.model_type}_of_another_package"

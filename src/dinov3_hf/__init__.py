@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from dinov3_hf.auto import register_auto_classes
     from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
     from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextBackbone, DINOv3ConvNextModel
+    from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
     from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+    from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation
     from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
     from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
     from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackbone, DINOv3ViTModel
@@ -25,6 +27,8 @@ __all__ = [
     "DINOv3ConvNextBackbone",
     "DINOv3ConvNextConfig",
     "DINOv3ConvNextModel",
+    "DINOv3DistillationConfig",
+    "DINOv3ForDistillation",
     "DINOv3ForPreTraining",
     "DINOv3PreTrainingConfig",
     "DINOv3ViTBackbone",
@@ -39,6 +43,8 @@ _MODULES = {
     "DINOv3ConvNextBackbone": "dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext",
     "DINOv3ConvNextConfig": "dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext",
     "DINOv3ConvNextModel": "dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext",
+    "DINOv3DistillationConfig": "dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation",
+    "DINOv3ForDistillation": "dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation",
     "DINOv3ForPreTraining": "dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining",
     "DINOv3PreTrainingConfig": "dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining",
     "DINOv3ViTBackbone": "dinov3_hf.models.dinov3_vit.modeling_dinov3_vit",

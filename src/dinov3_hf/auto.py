@@ -24,7 +24,9 @@ from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import (
     DINOv3ConvNextNativeBackbone,
     DINOv3ConvNextNativeModel,
 )
+from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import (
     DINOv3ViTConfig,
@@ -48,6 +50,11 @@ STOCK_BACKBONES: tuple[BackboneClasses, ...] = (
     (DINOv3ViTConfig, DINOv3ViTModel, DINOv3ViTBackbone),
     (DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ConvNextBackbone),
 )
+# What is trained without labels: configuration and model class.
+TRAINING_MODELS: tuple[tuple[type[PreTrainedConfig], type[PreTrainedModel]], ...] = (
+    (DINOv3PreTrainingConfig, DINOv3ForPreTraining),
+    (DINOv3DistillationConfig, DINOv3ForDistillation),
+)
 
 
 def register_auto_classes(override_native: bool = False) -> None:
@@ -66,8 +73,9 @@ def register_auto_classes(override_native: bool = False) -> None:
             _register_configuration(config_class)
             AutoModel.register(config_class, model_class)
             AutoBackbone.register(config_class, backbone_class)
-        _register_configuration(DINOv3PreTrainingConfig)
-        AutoModelForPreTraining.register(DINOv3PreTrainingConfig, DINOv3ForPreTraining)
+        for config_class, model_class in TRAINING_MODELS:
+            _register_configuration(config_class)
+            AutoModelForPreTraining.register(config_class, model_class)
         # These configurations have the name of one in transformers, which looks classes up by name where it finds no
         # entry: without these entries `from_config` would build that class. Its own configuration is not touched.
         for config_class, model_class, backbone_class in STOCK_BACKBONES:

@@ -7,6 +7,7 @@ FOLDER/outputs.pt.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import (
@@ -31,14 +32,17 @@ def attempt(open_folder, *arguments):
 @torch.no_grad()
 def outputs_of(source, saved, inputs):
     """Open `source`, run it, save it to `saved` and open that."""
-    pretraining = "pretraining" in source.name
+    pretraining = source.name in inputs["crops"]
     auto_class = AutoModelForPreTraining if pretraining else AutoModel
     found = {"untrusted": attempt(auto_class.from_pretrained, source)}
     model, loading = auto_class.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
     found["loading"] = {key: sorted(map(str, names)) for key, names in loading.items()}
     found["knows_its_config"] = isinstance(model.config, model.config_class)
     if pretraining:
-        found["loss"] = model(**inputs["crops"]).loss
+        crops = dict(inputs["crops"][source.name])
+        if "target" in crops:
+            crops["target"] = SimpleNamespace(**crops["target"])
+        found["loss"] = model(**crops).loss
     else:
         pixels = inputs["pixels"][source.name]
         found["last_hidden_state"] = model(pixels).last_hidden_state

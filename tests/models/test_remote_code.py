@@ -21,13 +21,16 @@ from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import (
     DINOv3ConvNextModel,
     DINOv3ConvNextNativeModel,
 )
+from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
+from dinov3_hf.models.dinov3_pretraining.teacher_targets import TeacherTargets
 from dinov3_hf.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig, DINOv3ViTNativeConfig
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackbone, DINOv3ViTModel, DINOv3ViTNativeModel
 from dinov3_hf.models.remote_code import flat_sources
-from tests.models.dinov3_pretraining.test_modeling import make_batch
+from tests.models.dinov3_pretraining.test_modeling import BATCH, make_batch
 from tests.models.dinov3_vit.tiny import NATIVE_VARIANTS, TINY, images, randomize, tiny_config, tiny_model
 from tests.models.other_process import VERSIONS, run_without_us
 
@@ -35,10 +38,15 @@ HEAD = {"num_prototypes": 24, "bottleneck_dim": 8, "hidden_dim": 16}
 CONVNEXT = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1], "image_size": 64}
 CONVNEXT_VARIANTS = {"convnext_patch_grid": {"patch_size": 16}, "convnext_plain": {"layer_scale_init_value": None}}
 PRETRAINING = {"pretraining": {}, "pretraining_of_native": {"norm_type": "rmsnorm"}}
-NAMES = [*NATIVE_VARIANTS, *CONVNEXT_VARIANTS, *PRETRAINING]
+DISTILLATION = "distillation"
+TRAINED = (*PRETRAINING, DISTILLATION)
+NAMES = [*NATIVE_VARIANTS, *CONVNEXT_VARIANTS, *TRAINED]
 MODELING = [
-    f"dinov3_hf.models.{family}.modeling_{family}"
-    for family in ("dinov3_vit", "dinov3_convnext", "dinov3_pretraining")
+    *(
+        f"dinov3_hf.models.{family}.modeling_{family}"
+        for family in ("dinov3_vit", "dinov3_convnext", "dinov3_pretraining")
+    ),
+    "dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation",
 ]
 
 
@@ -47,6 +55,23 @@ def pretraining_model(**fields) -> DINOv3ForPreTraining:
     if fields:
         config.backbone_config = DINOv3ViTNativeConfig(**TINY, **fields)
     return randomize(DINOv3ForPreTraining(config)).eval()
+
+
+def distillation_model() -> DINOv3ForDistillation:
+    config = DINOv3DistillationConfig(
+        backbone_config=TINY, objective="features", teacher_width=20, patch_size=TINY["patch_size"]
+    )
+    return randomize(DINOv3ForDistillation(config)).eval()
+
+
+def distillation_crops() -> dict:
+    crops = {name: tensor for name, tensor in make_batch().items() if name.endswith("crops")}
+    generator = torch.Generator().manual_seed(0)
+    target = {
+        "cls": torch.randn(2, BATCH, 20, generator=generator),
+        "patches": torch.randn(2 * BATCH, 16, 20, generator=generator),
+    }
+    return {**crops, "target": {"cls_probs": None, "masked_probs": None, "prototype_entropy": {}, **target}}
 
 
 def code_in(folder) -> set[str]:
@@ -63,11 +88,13 @@ def models(tmp_path_factory):
         for name, fields in CONVNEXT_VARIANTS.items()
     }
     by_name |= {name: pretraining_model(**fields) for name, fields in PRETRAINING.items()}
+    by_name[DISTILLATION] = distillation_model()
     for name, model in by_name.items():
         model.save_pretrained(folder / "models" / name)
     build_image_processor("satellite", 16).save_pretrained(folder / "models" / "rmsnorm")
     pixels = {name: images(2, 64, 48) if name in CONVNEXT_VARIANTS else images() for name in by_name}
-    inputs = {"pixels": pixels, "crops": {**make_batch(), "teacher_temperature": 0.05}}
+    crops = {name: {**make_batch(), "teacher_temperature": 0.05} for name in PRETRAINING}
+    inputs = {"pixels": pixels, "crops": {**crops, DISTILLATION: distillation_crops()}}
     return SimpleNamespace(folder=folder, by_name=by_name, inputs=inputs)
 
 
@@ -89,8 +116,11 @@ def test_folders_open_without_this_package(models, elsewhere, name):
     assert not any(found["loading"].values()), found["loading"]
     assert found["knows_its_config"]
     with torch.no_grad():
-        if name in PRETRAINING:
-            assert torch.equal(found["loss"], model(**models.inputs["crops"]).loss)
+        if name in TRAINED:
+            crops = dict(models.inputs["crops"][name])
+            if name == DISTILLATION:
+                crops["target"] = TeacherTargets(**crops["target"])
+            assert torch.equal(found["loss"], model(**crops).loss)
         else:
             pixels = models.inputs["pixels"][name]
             assert torch.equal(found["last_hidden_state"], model(pixels).last_hidden_state)
@@ -118,7 +148,7 @@ def test_what_was_opened_there_can_be_saved_there(models, elsewhere, name):
     found = elsewhere.outputs[name]["state_dict"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    cls = AutoModelForPreTraining if name in PRETRAINING else AutoModel
+    cls = AutoModelForPreTraining if name in TRAINED else AutoModel
     assert type(cls.from_pretrained(again)).__module__.startswith("dinov3_hf.")
     assert type(AutoConfig.from_pretrained(config)) is type(AutoConfig.from_pretrained(original))
 
@@ -146,7 +176,7 @@ def test_here_our_classes_are_used(models, trust, name, config_class, model_clas
     assert not any(name.startswith("transformers_modules") for name in sys.modules)
 
 
-@pytest.mark.parametrize("name", ["rmsnorm", "convnext_plain", "pretraining"])
+@pytest.mark.parametrize("name", ["rmsnorm", "convnext_plain", "pretraining", DISTILLATION])
 def test_the_folder_has_what_its_class_needs_and_no_more(models, name):
     folder = models.folder / "models" / name
     imported = {}

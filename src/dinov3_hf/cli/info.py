@@ -47,6 +47,7 @@ REGISTERED = {
         "dinov3_vit_native": "DINOv3ViTNativeConfig",
         "dinov3_convnext_native": "DINOv3ConvNextNativeConfig",
         "dinov3_pretraining": "DINOv3PreTrainingConfig",
+        "dinov3_distillation": "DINOv3DistillationConfig",
     },
     "AutoModel": {
         "dinov3_vit_native": "DINOv3ViTNativeModel",
@@ -56,7 +57,10 @@ REGISTERED = {
         "dinov3_vit_native": "DINOv3ViTNativeBackbone",
         "dinov3_convnext_native": "DINOv3ConvNextNativeBackbone",
     },
-    "AutoModelForPreTraining": {"dinov3_pretraining": "DINOv3ForPreTraining"},
+    "AutoModelForPreTraining": {
+        "dinov3_pretraining": "DINOv3ForPreTraining",
+        "dinov3_distillation": "DINOv3ForDistillation",
+    },
 }
 
 

@@ -102,9 +102,9 @@ def _flat_source(module_name: str) -> tuple[str, list[str]]:
 
 
 def _flat_name(module_name: str) -> str:
-    """`dinov3_vit_layers` for `dinov3_hf.models.dinov3_vit.layers`; names that say their folder, and copies', stay."""
+    """`dinov3_vit_layers` for `dinov3_hf.models.dinov3_vit.layers`; names that say their model, and copies', stay."""
     *_, folder, name = module_name.split(".")
-    return name if folder in name or not _is_ours(module_name) else f"{folder}_{name}"
+    return name if "dinov3" in name or not _is_ours(module_name) else f"{folder}_{name}"
 
 
 def _is_ours(module_name: str) -> bool:
