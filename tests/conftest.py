@@ -9,9 +9,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests star
 import pytest
 import torch
 
+from tests.forks import Forks
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts programs without a wait for their imports."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()

@@ -1,17 +1,13 @@
 """A user of the Hub on localhost: `dinov3-hf` and Python programs with `HF_ENDPOINT` set."""
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tests.forks import Forks
 from tests.hub.server import Hub
-from tests.testing_utils import REPOSITORY
 
 TOKEN = {"HF_TOKEN": "hf_good"}
 
@@ -34,10 +30,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 @dataclass
 class Client:
-    """See `hub_process`."""
-
-    process: subprocess.Popen[str]
-    log: Path
+    forks: Forks
 
     def push(self, *arguments: str | Path, folder: Path | None = None, **env: str) -> tuple[int, str, str]:
         """Exit status, output and error output of `dinov3-hf push ARGUMENTS`, run in `folder`."""
@@ -45,11 +38,11 @@ class Client:
 
     def start(self, *arguments: str | Path, folder: Path | None = None, **env: str) -> int:
         """Pid of `dinov3-hf push ARGUMENTS`."""
-        return self._start(folder, env, arguments=["push", *map(str, arguments)])
+        return self._start("-m", "dinov3_hf", "push", *arguments, folder=folder, env=env)
 
     def run(self, program: str, folder: Path | None = None) -> tuple[int, str, str]:
         """Exit status, output and error output of a Python program."""
-        return self.wait(self._start(folder, {}, program=program))
+        return self.wait(self._start("-c", program, folder=folder, env={}))
 
     def python(self, program: str, folder: Path | None = None) -> str:
         """What a program prints that succeeds."""
@@ -58,32 +51,21 @@ class Client:
         return printed
 
     def wait(self, pid: int) -> tuple[int, str, str]:
-        status = self._ask({"wait": pid})
-        return status, *(self.log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        status = self.forks.wait(pid)
+        return status, *(file.read_text() for file in self._files())
 
-    def _start(self, folder: Path | None, env: dict[str, str], **what: Any) -> int:
-        where = None if folder is None else str(folder)
-        return self._ask({"log": str(self.log), "env": TOKEN | env, "folder": where, **what})
+    def _start(self, *python: str | Path, folder: Path | None, env: dict[str, str]) -> int:
+        out, err = self._files()
+        return self.forks.start(*python, out=out, err=err, folder=folder, environment=TOKEN | env)
 
-    def _ask(self, request: dict[str, Any]) -> int:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+    def _files(self) -> tuple[Path, Path]:
+        return self.forks.folder / "out", self.forks.folder / "err"
 
 
 @contextlib.contextmanager
 def running_client(hub: Hub, folder: Path) -> Iterator[Client]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.hub.hub_process"],
-        cwd=REPOSITORY,
-        env=environment(hub, folder / "home"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    forks = Forks(folder, environment(hub, folder / "home"))  # huggingface_hub reads HF_ENDPOINT when it is imported
     try:
-        yield Client(process, folder / "log")
+        yield Client(forks)
     finally:
-        process.kill()
-        process.wait()
+        forks.close()

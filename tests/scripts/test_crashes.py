@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from dinov3_hf.data.crop_sizes import CropSizeMix, parse_crop_sizes
-from dinov3_hf.training.checkpoints import MANIFEST, checkpoints, problem, step_of
+from dinov3_hf.training.checkpoints import MANIFEST, checkpoints, step_of
+from tests.forks import CAN_MOUNT, ENVIRONMENT
+from tests.scripts.runs import SCRIPTS, Runner, complete
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 MACHINE = ("images_per_second", "data/wait_share", "memory/peak_gib")
 STEPS = 8
 STATE = "state/rank-00000-of-00001.safetensors"  # of a run of one process
@@ -60,58 +60,9 @@ SIZES = [
 GRAM = ("--gram_teacher", "copy", "--gram_start_step", "1", "--gram_refresh_steps", "3")
 
 
-def can_mount() -> bool:
-    try:
-        done = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
-    except FileNotFoundError:
-        return False
-    return done.returncode == 0
-
-
-CAN_MOUNT = can_mount()
-
-
-class Runner:
-    """A process that has imported everything and forks one run after the other."""
-
-    def __init__(self, folder: Path):
-        launcher = ("unshare", "-rm") if CAN_MOUNT else ()  # a name space in which it may mount small disks
-        self.log = folder / "log"
-        self.recipe = folder / "crash.yaml"
-        self.recipe.write_text(RECIPE)
-        self.process = subprocess.Popen(
-            [*launcher, sys.executable, str(Path(__file__).with_name("fork_runner.py"))],
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT},
-        )
-
-    def ask(self, **request) -> int:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, run: Path, *arguments: str, **options) -> int:
-        """The process id of a run that goes on from the newest checkpoint, if there is any."""
-        resume = ("--resume_from_checkpoint", "last") if complete(run) else ()
-        words = [str(self.recipe), "--output_dir", str(run), *resume, *arguments]
-        return self.ask(arguments=words, log=str(self.log), **options)
-
-    def wait(self, pid: int) -> int:
-        return self.ask(wait=pid)
-
-    def finish(self, run: Path, *arguments: str, **options) -> None:
-        status = self.wait(self.start(run, *arguments, **options))
-        assert status == 0, self.log.read_text()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("runner"))
-    yield runner
-    runner.close()
+def runner(forks, tmp_path_factory):
+    return Runner(forks, tmp_path_factory.mktemp("runner"), RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +71,6 @@ def whole(runner, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     runner.finish(folder)
     return folder
-
-
-def complete(run: Path) -> list[int]:
-    return [step_of(folder) for folder in checkpoints(run) if problem(folder, checksums=True) is None]
 
 
 def hidden(run: Path) -> list[str]:
@@ -270,7 +217,7 @@ def test_disk_full_during_a_save(runner, whole, tmp_path, shares):
     reasons = set()
     for share in shares:
         room = int(one * (1 + share)) + 100_000
-        assert runner.ask(command=["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)]) == 0
+        assert runner.forks.command("mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk) == 0
         run = disk / "run"
         assert runner.wait(runner.start(run, "--save_total_limit", "1")) == 1, runner.log.read_text()
         line = assert_one_line(runner.log.read_text())
@@ -279,10 +226,10 @@ def test_disk_full_during_a_save(runner, whole, tmp_path, shares):
             "newest complete checkpoint is checkpoint-2, from which --resume_from_checkpoint last goes on."
         )
         reasons.add(line[line.index("(") : line.index(";")])
-        assert runner.ask(command=["cp", "-r", str(run), str(copy)]) == 0  # out of the runner's name space
+        assert runner.forks.command("cp", "-r", run, copy) == 0  # out of the runner's name space
         assert [step_of(folder) for folder in checkpoints(copy)] == complete(copy) == [2]
         assert hidden(copy) == []
-        assert runner.ask(command=["umount", str(disk)]) == 0
+        assert runner.forks.command("umount", disk) == 0
         runner.finish(copy)
         assert_same_end(copy, whole)
         shutil.rmtree(copy)
@@ -296,7 +243,7 @@ def test_one_of_two_processes_is_killed(tmp_path):
 
     def launch(run: Path, *arguments: str) -> subprocess.Popen[str]:
         torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        words = [*torchrun, ROOT / "training_scripts" / "pretrain.py", recipe, "--output_dir", run, *arguments]
+        words = [*torchrun, SCRIPTS / "pretrain.py", recipe, "--output_dir", run, *arguments]
         return subprocess.Popen(
             [str(word) for word in words],
             stdout=subprocess.DEVNULL,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dinov3_hf.training.checkpoints import checkpoints, problem
-from tests.scripts.test_crashes import RECIPE, Runner
-from tests.scripts.test_preemption import Ranks
+from tests.scripts.runs import Ranks, Runner
+from tests.scripts.test_crashes import RECIPE
 from tests.testing_utils import require_package
 
 # `make test-engines` and CI run them.
@@ -35,15 +35,12 @@ TERMS = ("loss", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("runner"))
-    runner.recipe.write_text(RECIPE)
-    yield runner
-    runner.close()
+def runner(forks, tmp_path_factory):
+    return Runner(forks, tmp_path_factory.mktemp("runner"), RECIPE)
 
 
 def train(runner: Runner, run: Path, num_ranks: int, *arguments: object) -> Path:
-    ranks = Ranks(runner, run, num_ranks, *map(str, [*OPTIONS, *arguments]))
+    ranks = Ranks(runner, run, num_ranks, *OPTIONS, *arguments)
     assert ranks.wait() == [0] * num_ranks, ranks.said()
     return run
 
@@ -72,7 +69,7 @@ def killed(runner, tmp_path_factory) -> dict[str, Path]:
     runs = {}
     for engine in ENGINES:
         runs[engine] = run = tmp_path_factory.mktemp(engine) / "run"
-        ranks = Ranks(runner, run, 2, *map(str, [*OPTIONS, "--engine", engine]))
+        ranks = Ranks(runner, run, 2, *OPTIONS, "--engine", engine)
         deadline = time.monotonic() + 120
         while not (found := checkpoints(run)) or problem(found[-1]) is not None:
             assert time.monotonic() < deadline, ranks.said()
@@ -126,7 +123,7 @@ def test_gram_anchoring_starts_from_the_state_of_one_process(runner, one, tmp_pa
             runner,
             runs[num_ranks],
             num_ranks,
-            *map(str, [*OPTIONS, *options, *stage, "--engine", name]),
+            *(*OPTIONS, *options, *stage, "--engine", name),
             script="gram_anchor.py",
         )
         assert ranks.wait() == [0] * num_ranks, ranks.said()

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.test_crashes import ENVIRONMENT, RECIPE, STEPS, assert_same_end, complete
+from tests.forks import ENVIRONMENT
+from tests.scripts.runs import complete
+from tests.scripts.test_crashes import RECIPE, STEPS, assert_same_end
 from tests.testing_utils import REPOSITORY, require_package, run_python
 
 CONFIGS = REPOSITORY / "training_scripts" / "accelerate"

@@ -4,13 +4,13 @@ import os
 import random
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.scripts.test_crashes import STEPS, Runner, assert_same_end, complete, duration, hidden, losses
+from tests.scripts.runs import Ranks, Runner, complete
+from tests.scripts.test_crashes import RECIPE, STEPS, assert_same_end, duration, hidden, losses
 
 PREEMPTED = 75
 SAID = re.compile(
@@ -19,44 +19,17 @@ SAID = re.compile(
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("runner"))
-    yield runner
-    runner.close()
+def runner(forks, tmp_path_factory):
+    return Runner(forks, tmp_path_factory.mktemp("runner"), RECIPE)
 
 
-class Ranks:
-    """The processes of one run, one or several, with the status of each."""
-
-    def __init__(self, runner: Runner, run: Path, num_ranks: int, *arguments: str, script: str = "pretrain.py"):
-        self.runner = runner
-        words = [str(runner.recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto", *arguments]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        self.logs, self.pids = [], []
-        for rank in range(num_ranks):
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-            rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in places.items()} | rendezvous
-            log = runner.log.with_name(f"log-{rank}")
-            self.logs.append(log)
-            options = {"log": str(log), "environment": environment if num_ranks > 1 else {}, "script": script}
-            self.pids.append(runner.ask(arguments=words, **options))
-
-    def wait_for_handlers(self) -> None:
-        """Until every process takes note of signals: before, they end it as they end any program."""
-        for pid in self.pids:
-            deadline = time.monotonic() + 60
-            while not catches(pid, signal.SIGTERM):
-                assert time.monotonic() < deadline, self.said()
-                time.sleep(0.001)
-
-    def wait(self) -> list[int]:
-        return [self.runner.wait(pid) for pid in self.pids]
-
-    def said(self) -> str:
-        return "".join(log.read_text() for log in self.logs)
+def wait_for_handlers(ranks: Ranks) -> None:
+    """Until every process takes note of signals: before, they end it as they end any program."""
+    for pid in ranks.pids:
+        deadline = time.monotonic() + 60
+        while not catches(pid, signal.SIGTERM):
+            assert time.monotonic() < deadline, ranks.said()
+            time.sleep(0.001)
 
 
 def catches(pid: int, number: int) -> bool:
@@ -66,13 +39,16 @@ def catches(pid: int, number: int) -> bool:
     return is_gone or (caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1))
 
 
-def tell_at_random(runner: Runner, whole: Path, run: Path, num_ranks: int, rng: random.Random, *words: str) -> int:
-    """Tell a run to end, and the one that goes on from it, until one has come to its end; how many were told."""
+def tell_at_random(
+    runner: Runner, whole: Path, run: Path, num_ranks: int, times: int, rng: random.Random, *words: str
+) -> int:
+    """Tell a run to end, and the one that goes on from it, so many `times` or until one has come to its end before;
+    how many were told."""
     num_told = 0
-    while True:
+    while num_told < times:
         before = complete(run)
         ranks = Ranks(runner, run, num_ranks, *words)
-        ranks.wait_for_handlers()
+        wait_for_handlers(ranks)
         time.sleep(rng.uniform(0, 0.7 * duration(whole)))  # the machine may be faster now
         os.kill(rng.choice(ranks.pids), rng.choice([signal.SIGTERM, signal.SIGUSR1]))
         statuses = ranks.wait()
@@ -87,8 +63,10 @@ def tell_at_random(runner: Runner, whole: Path, run: Path, num_ranks: int, rng: 
             continue
         assert after[-1] == STEPS and PREEMPTED not in statuses, ranks.said()
         if any(statuses):  # the signal came behind the last step, while the teacher was written
-            assert Ranks(runner, run, num_ranks, *words).wait() == [0] * num_ranks
+            break
         return num_told
+    assert Ranks(runner, run, num_ranks, *words).wait() == [0] * num_ranks
+    return num_told
 
 
 def losses_until(whole: Path, step: int) -> list[dict[str, float]]:
@@ -104,7 +82,7 @@ def tell(runner: Runner, tmp_path: Path, num_ranks: int, times: int, seed: int, 
     num_told = num_runs = 0
     while num_told < times:
         run = tmp_path / f"run-{num_runs}"
-        num_told += tell_at_random(runner, whole, run, num_ranks, rng, *words)
+        num_told += tell_at_random(runner, whole, run, num_ranks, times - num_told, rng, *words)
         assert_same_end(run, whole)
         num_runs += 1
         assert num_runs <= 3 * times

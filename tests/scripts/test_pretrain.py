@@ -1,8 +1,8 @@
 """`training_scripts/pretrain.py` as users run it: real processes, real files."""
 
 import json
-import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.forks import ENVIRONMENT
+from tests.scripts.runs import SCRIPTS, Ranks, Runner
 from tests.testing_utils import run_in_process, saved_state
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "training_scripts" / "pretrain.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SCRIPT = SCRIPTS / "pretrain.py"
 
 RECIPE = """
 train_data: digits
@@ -43,11 +43,17 @@ report_to: none
 """
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
+@pytest.fixture(scope="module")
+def runner(forks, tmp_path_factory):
+    return Runner(forks, tmp_path_factory.mktemp("runner"), RECIPE)
+
+
+@pytest.fixture(scope="module")
+def whole(runner, tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runner.finish(folder)
+    return folder
 
 
 def pretrain(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
@@ -66,40 +72,35 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def test_folder_of_photos_with_accelerate_launch(recipe, tmp_path):
+def test_a_folder_with_fewer_photos_than_a_batch(runner, tmp_path):
     photos = tmp_path / "photos" / "nested"
     photos.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    for i in range(3):  # fewer than a batch
+    for i in range(3):
         Image.fromarray(generator.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(photos / f"{i}.jpg")
-    accelerate = Path(sys.executable).with_name("accelerate")
-    launcher = (str(accelerate), "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
-    succeed(recipe, "--train_data", tmp_path / "photos", "--output_dir", tmp_path / "run", launcher=launcher)
+    runner.finish(tmp_path / "run", "--train_data", tmp_path / "photos")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"):
         assert (folder / "teacher" / "model.safetensors").is_file()
 
 
-def test_accumulation_follows_the_whole_batch(recipe, tmp_path):
-    succeed(recipe, "--output_dir", tmp_path / "whole")
-    succeed(recipe, "--output_dir", tmp_path / "parts", "--per_device_train_batch_size", 4)
-    whole, parts = (logged(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
-    assert [entry["loss"] for entry in parts] == pytest.approx([entry["loss"] for entry in whole], rel=1e-5)
+def test_accumulation_follows_the_whole_batch(runner, whole, tmp_path):
+    runner.finish(tmp_path / "parts", "--per_device_train_batch_size", 4)
+    expected, parts = (logged(run / "checkpoint-4") for run in (whole, tmp_path / "parts"))
+    assert [entry["loss"] for entry in parts] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
 
 
-def test_two_processes_follow_one(recipe, tmp_path):
-    succeed(recipe, "--output_dir", tmp_path / "one")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    succeed(recipe, "--output_dir", tmp_path / "two", launcher=torchrun)
-    one, two = (logged(tmp_path / name / "checkpoint-4") for name in ("one", "two"))
+def test_two_processes_follow_one(runner, whole, tmp_path):
+    ranks = Ranks(runner, tmp_path / "two", 2)
+    assert ranks.wait() == [0, 0], ranks.said()
+    one, two = (logged(run / "checkpoint-4") for run in (whole, tmp_path / "two"))
     assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
     for name in ("loss/koleo", "prototypes/dino_entropy", "prototypes/ibot_entropy"):
         assert [e[name] for e in two] == pytest.approx([e[name] for e in one], rel=1e-5), name
 
 
-def test_bf16_autocast_on_the_cpu_stays_near_float32(recipe, tmp_path):
-    for precision in ("fp32", "bf16"):
-        succeed(recipe, "--precision", precision, "--output_dir", tmp_path / precision)
-    exact, rounded = (logged(tmp_path / name / "checkpoint-4") for name in ("fp32", "bf16"))
+def test_bf16_autocast_on_the_cpu_stays_near_float32(runner, whole, tmp_path):
+    runner.finish(tmp_path / "bf16", "--precision", "bf16")
+    exact, rounded = (logged(run / "checkpoint-4") for run in (whole, tmp_path / "bf16"))
     assert [e["loss"] for e in rounded] != [e["loss"] for e in exact]
     assert [e["loss"] for e in rounded] == pytest.approx([e["loss"] for e in exact], rel=0.02)
     saved = saved_state(tmp_path / "bf16" / "checkpoint-4")
@@ -107,26 +108,21 @@ def test_bf16_autocast_on_the_cpu_stays_near_float32(recipe, tmp_path):
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
-def test_resumed_run_ends_where_the_uninterrupted_one_does(recipe, tmp_path):
-    succeed(recipe, "--output_dir", tmp_path / "whole")
-    run = tmp_path / "run"
-    succeed(recipe, "--output_dir", run)
+def test_resumed_run_ends_where_the_uninterrupted_one_does(runner, whole, tmp_path):
     # as if the run had been killed after its first checkpoint
-    for entry in sorted((run / "checkpoint-4").rglob("*"), reverse=True):
-        entry.rmdir() if entry.is_dir() else entry.unlink()
-    (run / "checkpoint-4").rmdir()
-    succeed(recipe, "--output_dir", run, "--resume_from_checkpoint", "last")
-    assert [entry["loss"] for entry in logged(run / "checkpoint-4")] == [
-        entry["loss"] for entry in logged(tmp_path / "whole" / "checkpoint-4")
-    ]
-    ours, whole = (saved_state(folder / "checkpoint-4") for folder in (run, tmp_path / "whole"))
-    assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    runner.finish(tmp_path / "run")
+    ours, theirs = (run / "checkpoint-4" for run in (tmp_path / "run", whole))
+    assert [entry["loss"] for entry in logged(ours)] == [entry["loss"] for entry in logged(theirs)]
+    ours, theirs = saved_state(ours), saved_state(theirs)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_help_has_the_three_groups():
-    text = succeed("--help")
+def test_help_has_the_three_groups(forks):
+    done = forks.run(SCRIPT, "--help")
+    assert done.returncode == 0, done.stderr
     for group in ("changes the result", "orchestration", "efficiency"):
-        assert group in text.lower()
+        assert group in done.stdout.lower()
 
 
 def test_an_error_is_one_line_and_a_status(tmp_path):
@@ -151,11 +147,11 @@ def test_an_error_is_one_line_and_a_status(tmp_path):
         (("RECIPE", "--resume_from_checkpoint", "last"), 1, "checkpoint"),
     ],
 )
-def test_bad_input(capsys, recipe, tmp_path, arguments, status, says):
+def test_bad_input(capsys, runner, tmp_path, arguments, status, says):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "TEXTS").mkdir()
     (tmp_path / "TEXTS" / "notes.txt").write_text("no picture")
-    places = {"RECIPE": recipe, "EMPTY": tmp_path / "EMPTY", "TEXTS": tmp_path / "TEXTS"}
+    places = {"RECIPE": runner.recipe, "EMPTY": tmp_path / "EMPTY", "TEXTS": tmp_path / "TEXTS"}
     main = runpy.run_path(str(SCRIPT))["main"]
     words = [places.get(argument, argument) for argument in arguments]
     ended, _, error = run_in_process(capsys, *words, "--output_dir", tmp_path / "run", main=main)
@@ -164,18 +160,15 @@ def test_bad_input(capsys, recipe, tmp_path, arguments, status, says):
     assert len(error.splitlines()) == 1
 
 
-def test_batch_smaller_than_the_ranks(recipe, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = pretrain(recipe, "--global_batch_size", 1, "--output_dir", tmp_path / "run", launcher=torchrun)
-    assert done.returncode == 1
-    assert "error: global_batch_size 1 is smaller than the number of ranks 2" in done.stderr
+def test_batch_smaller_than_the_ranks(runner, tmp_path):
+    ranks = Ranks(runner, tmp_path / "run", 2, "--global_batch_size", 1)
+    assert ranks.wait() == [1, 1]
+    assert "error: global_batch_size 1 is smaller than the number of ranks 2" in ranks.said()
 
 
-def test_checkpoint_of_another_recipe(recipe, tmp_path):
-    succeed(recipe, "--output_dir", tmp_path / "run")
-    done = pretrain(
-        *(recipe, "--backbone.hidden_size", 64, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "last")
-    )
-    assert done.returncode == 1
-    assert "backbone.hidden_size is 32 there and 64 here" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_checkpoint_of_another_recipe(runner, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    assert runner.wait(runner.start(run, "--backbone.hidden_size", 64)) == 1
+    said = runner.log.read_text()
+    assert "backbone.hidden_size is 32 there and 64 here" in said.splitlines()[-1]
+    assert "Traceback" not in said

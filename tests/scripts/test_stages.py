@@ -19,7 +19,8 @@ from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3Conv
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from dinov3_hf.recipes.pages import read_recipe
 from dinov3_hf.training.checkpoints import problem
-from tests.scripts.test_pretrain import ENVIRONMENT, RECIPE, logged
+from tests.forks import ENVIRONMENT
+from tests.scripts.test_pretrain import RECIPE, logged
 from tests.testing_utils import REPOSITORY, run_in_process, save_tiny_vit, saved_state
 
 SCRIPTS = REPOSITORY / "training_scripts"
