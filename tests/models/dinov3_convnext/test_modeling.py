@@ -136,6 +136,16 @@ def test_intermediate_layers_on_a_patch_grid():
     assert torch.equal(model(images()).last_hidden_state, whole(images()).last_hidden_state)
 
 
+def test_a_forward_on_a_patch_grid():
+    """What distillation trains is what `get_intermediate_layers` gives of the saved model."""
+    model, with_patches = tiny_model(), tiny_model(patch_size=16)
+    crops = [images(), images(2, 64, 64)]
+    for pixels, output in zip(crops, model(crops, patch_size=16), strict=True):
+        [(patches, cls)] = with_patches.get_intermediate_layers(pixels, 1, return_class_token=True)
+        assert torch.equal(output.last_hidden_state, torch.cat((cls[:, None], patches), dim=1))
+        assert torch.equal(output.pooler_output, model(pixels).pooler_output)
+
+
 @pytest.mark.parametrize("n", [0, 5, -1, [], [4], [-1]])
 def test_intermediate_layers_that_do_not_exist(n):
     with pytest.raises(ValueError, match="does not name stages of this model; it has 4, counted from 0"):
