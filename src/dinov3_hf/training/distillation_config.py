@@ -125,11 +125,11 @@ class DistillationConfig(StudentConfig):
                 if key not in OF_A_STUDENT:
                     known = {f.name for f in dataclasses.fields(self)}
                     remedy = (
-                        "it is the same for all students: set it beside students, not inside"
+                        "it is the same for all students: set it beside students, not inside."
                         if key in known
                         else did_you_mean(key, OF_A_STUDENT)
                     )
-                    raise ArgumentError(f"students.{name} cannot have {key!r}; {remedy.rstrip('.')}.")
+                    raise ArgumentError(f"students.{name} cannot have {key!r}; {remedy}")
 
     def _choose_objective(self) -> None:
         heads = self.description.heads
