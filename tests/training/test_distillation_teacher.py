@@ -587,6 +587,14 @@ def test_weights_of_a_pooler_may_be_missing_where_there_is_cls(tmp_path):
         one_line(ValueError, tmp_path / family, rf"the weights of the teacher .* lack .*{name}")
 
 
+def test_the_backbone_of_a_classifier(tmp_path):
+    """As released ViTs are: the names have a prefix, there is a classifier, and no pooler."""
+    model = save(transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, patch_size=8)), tmp_path)
+    with torch.no_grad():
+        expected = model.vit(pixel_values=pixels(), interpolate_pos_encoding=True).last_hidden_state
+    assert_same(teacher_of(tmp_path)(pixels()), expected[:, 0], expected[:, 1:], (4, 6))
+
+
 def test_heads_that_do_not_fit(tmp_path):
     for name in ("damaged", "narrow", "shape", "lacking", "ibot"):
         save_tiny_vit(tmp_path / name)

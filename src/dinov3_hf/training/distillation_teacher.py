@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -148,6 +149,13 @@ def _heads_file(source: str) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(source, HEADS_FILE))
+    except LocalEntryNotFoundError as error:  # the Hub was not asked
+        if HF_HUB_OFFLINE:
+            return None
+        raise FileNotFoundError(
+            f"whether the teacher {source} has prototype heads is not known, the Hub cannot be reached; try again, or "
+            "set HF_HUB_OFFLINE=1 to go by what has been downloaded."
+        ) from error
     except EntryNotFoundError:
         return None
 

@@ -130,7 +130,9 @@ class TeacherNetwork:
             backbone, fresh = load_weights(model_class, self.source, **options)
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise FileNotFoundError(f"the weights of the teacher {self.source} cannot be had: {reason}") from error
+            raise FileNotFoundError(
+                f"weights of the teacher {self.source} cannot be had as safetensors: {reason}"
+            ) from error
         # The pooler of a family with CLS is not asked.
         lacking = [name for name in fresh if not (self.has_cls and name.startswith("pooler."))]
         if lacking:
