@@ -147,7 +147,9 @@ class DistillationTrainer(RunTrainer):
         """
         split, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         parts = [part for batch in split for part in batch]
-        answers = [self._ask_teacher(part) for part in parts]
+        # Float crops are four times as large as bytes, and do not travel.
+        keeps_crops = len(parts) == 1 and self._groups is None
+        answers = [self._ask_teacher(part, keeps_crops) for part in parts]
         if self._groups is not None:
             parts, answers = self._groups.share_out(parts, answers)
         self._num_parts = len(parts)
@@ -168,9 +170,11 @@ class DistillationTrainer(RunTrainer):
         bounds = [len(parts) * k // len(split) for k in range(len(split) + 1)]
         return [parts[start:stop] for start, stop in pairwise(bounds)], num_items
 
-    def _ask_teacher(self, part: Batch) -> TeacherAnswer:
+    def _ask_teacher(self, part: Batch, keeps_crops: bool) -> TeacherAnswer:
         inputs = self._prepare_inputs({name: part[name] for name in ("global_crops", "global_photometric", "mask")})
-        crops = self.photometric(inputs["global_crops"], inputs["global_photometric"])
+        crops = self._finished(inputs, "global")
+        if keeps_crops:
+            part["global_crops"] = crops
         tokens = self.teacher(self._normalized_for_teacher(crops))
         args = self.args
         side = args.mask_grid(args.crop_size_mix().sizes[0])
@@ -213,12 +217,15 @@ class DistillationTrainer(RunTrainer):
         """What the students see: crops finished, and in their size."""
         inputs = self._prepare_inputs(part)
         crops = {
-            f"{kind}_crops": self._resized(
-                self.photometric(inputs[f"{kind}_crops"], inputs[f"{kind}_photometric"]), size
-            )
+            f"{kind}_crops": self._resized(self._finished(inputs, kind), size)
             for kind, size in (("global", self.args.global_crop_size), ("local", self.args.local_crop_size))
         }
         return {**inputs, **crops, "target": part["target"]}
+
+    def _finished(self, inputs: Batch, kind: str) -> Tensor:
+        """Global or local crops, normalised and distorted if they are not yet."""
+        crops: Tensor = inputs[f"{kind}_crops"]
+        return crops if crops.is_floating_point() else self.photometric(crops, inputs[f"{kind}_photometric"])
 
     def _resized(self, crops: Tensor, size: int) -> Tensor:
         scale = self.args.teacher_to_student_scale

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
+from torch.optim import AdamW
+from transformers import TrainingArguments
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layer|blocks)\.(\d+)\.")
 _TOKENS = ("cls_token", "register_tokens", "storage_tokens", "mask_token")
@@ -31,6 +33,8 @@ _PATCH_EMBEDDING = ("patch_embeddings", "patch_embed.")
 _STEM = ("stages.0.downsample_layers.", "downsample_layers.0.")
 # LayerScale is `lambda1` in our files and `gamma` in native ones and in ConvNeXt.
 _NOT_DECAYED = ("norm", "gamma", "lambda1", "fourier_w")
+
+_FUSED = ("cuda", "cpu", "mps", "xpu")  # devices for which torch has AdamW as one kernel
 
 Rate = Literal["lr", "last_layer_lr", "backbone_lr"]
 
@@ -127,3 +131,13 @@ def parameter_groups(
             group = groups.setdefault(settings, {"params": [], **settings._asdict()})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def make_adamw(groups: list[dict[str, Any]], args: TrainingArguments) -> AdamW:
+    """The optimizer of `parameter_groups`, with the betas and the epsilon of a recipe."""
+    return AdamW(
+        groups,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=args.device.type in _FUSED,
+    )

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov3_hf.data.sources.base import Images
@@ -41,7 +41,7 @@ from dinov3_hf.training.gram_teacher import GramTeacherCallback, load_gram_teach
 from dinov3_hf.training.guards import NonFiniteGuard
 from dinov3_hf.training.memory import prepare_blocks, shard_networks
 from dinov3_hf.training.metrics import RunningMeans, StepValues
-from dinov3_hf.training.param_groups import parameter_groups
+from dinov3_hf.training.param_groups import make_adamw, parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.run_card import write_run_card
 from dinov3_hf.training.run_trainer import Batch, EvaluationImages, RunTrainer
@@ -192,12 +192,7 @@ class SSLTrainer(TeacherPublisher, RunTrainer):
                 patch_embed_lr_mult=args.patch_embed_lr_mult,
                 rates={"backbone": "backbone_lr"} if self.schedules.backbone_waits else None,
             )
-            self.adamw = AdamW(
-                groups,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                fused=_has_fused_adamw(args.device),
-            )
+            self.adamw = make_adamw(groups, args)
             self.optimizer = self.adamw
         return self.optimizer
 
@@ -341,7 +336,3 @@ class SSLTrainer(TeacherPublisher, RunTrainer):
     ) -> None:
         save_teacher_folder(teacher, self.args, folder)
         write_run_card(folder, self.args, step, log_history)
-
-
-def _has_fused_adamw(device: torch.device) -> bool:
-    return device.type in ("cuda", "cpu", "mps", "xpu")

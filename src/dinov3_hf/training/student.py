@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 
 from dinov3_hf.distributed.engine import ShardedModel, empty_parameters_to_buffers
 from dinov3_hf.distributed.pieces import Piece, StateReader
@@ -22,7 +21,7 @@ from dinov3_hf.training.evaluation import Evaluator
 from dinov3_hf.training.guards import NonFiniteGuard, NotFinite
 from dinov3_hf.training.memory import set_forwards, shard_networks, use_float8
 from dinov3_hf.training.metrics import RunningMeans, StepValues
-from dinov3_hf.training.param_groups import parameter_groups
+from dinov3_hf.training.param_groups import make_adamw, parameter_groups
 from dinov3_hf.training.recipe_scheduler import RecipeScheduler
 from dinov3_hf.training.student_config import StudentConfig
 from dinov3_hf.training.whole_network import whole_network
@@ -113,7 +112,7 @@ class Student:
                 layerwise_lr_decay=args.layerwise_lr_decay,
                 patch_embed_lr_mult=args.patch_embed_lr_mult,
             )
-            self.adamw = AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
+            self.adamw = make_adamw(groups, args)
             self.scheduler = RecipeScheduler(self.adamw, self.schedules)
             wrapped = self.engine.wrap(self.model, self.adamw)
             self._wrapped, self.optimizer = (self._data_parallel(), self.adamw) if wrapped is None else wrapped
