@@ -219,6 +219,20 @@ def test_features_that_are_the_teachers_cost_nothing(heads, distance):
         assert output.losses["cls"] > 1e-5 and output.losses["patches"] > 1e-5
 
 
+def test_a_local_crop_follows_both_global_crops_of_its_image(heads):
+    model, crops, target = make_model(objective="features"), make_crops(), make_target(heads, "features")
+    loss = model(**crops, target=target).losses["cls_local"]
+    with torch.no_grad():
+        local = model.feature_predictions(**crops).local_features
+    pairs = [
+        1 - torch.cosine_similarity(local[crop, image], target.cls[other, image], dim=0)
+        for crop in range(LOCALS)
+        for other in range(2)
+        for image in range(BATCH)
+    ]
+    torch.testing.assert_close(loss, torch.stack(pairs).mean())
+
+
 def test_the_gram_term_compares_with_the_teacher(heads):
     model = make_model(gram_teacher="separate")
     crops, target, mask = make_crops(), make_target(heads, "prototypes"), make_mask()
