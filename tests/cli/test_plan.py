@@ -91,6 +91,7 @@ def test_tables(capsys):
         (["vitl16_im1k", "--gpu", "h100"], 2, "did you mean h100-80gb?"),
         (["vitl16_im1k", "--engine", "zero1"], 2, "--engine 'zero1' is unknown"),
         (["vitl16_im1k", "--engine", "zero3", "--gradient_checkpointing", "selective"], 2, "does not go with engine"),
+        (["vitl16_im1k", "--engine", "zero3", "--torch_compile", "true"], 2, "torch_compile does not go with engine"),
         (["vitl16_im1k", "--mfu", "1.5"], 2, "more than the peak"),
         (["vitl16_im1k", "--price", "-1"], 2, "--price -1 is not positive"),
         (["vitl16_im1k", "--koleo_group_sizes", "3"], 2, "did you mean koleo_group_size?"),

@@ -3,7 +3,7 @@ crops, stochastic depth, optimizer and moving average."""
 
 import pytest
 
-from dinov3_hf.cli.plan import workload_of
+from dinov3_hf.cli.plan_recipe import read_words, workload_of
 from dinov3_hf.plan.engines import Engine
 from dinov3_hf.plan.step_flop import step_flop
 from dinov3_hf.plan.step_memory import step_memory
@@ -37,7 +37,7 @@ LARGE_CASES = {
 
 def compare(monkeypatch, tmp_path, recipe, num_images, changes, fake=True):
     words = [recipe, *changes, "--global_batch_size", str(num_images), "--koleo_group_size", str(min(num_images, 8))]
-    _, workload, _ = workload_of(words)
+    workload = workload_of(read_words(words).args)
     resolution = workload.resolutions[0]
     measured = take_steps(monkeypatch, [*words, "--output_dir", str(tmp_path)], workload, num_images, fake)
     assert workload.num_parameters == measured.num_parameters

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from math import lcm
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dinov3_hf.cli import plan_distillation
+from dinov3_hf.cli.plan_recipe import Asked, read_words, workload_of
+from dinov3_hf.cli.plan_tables import duration, gigabytes, table_of, totals
 from dinov3_hf.errors import ArgumentError, did_you_mean
-from dinov3_hf.plan.backbones import backbone_of
 from dinov3_hf.plan.engines import ENGINES
 from dinov3_hf.plan.gpus import find_gpu
 from dinov3_hf.plan.run_plan import (
@@ -20,16 +21,13 @@ from dinov3_hf.plan.run_plan import (
     PUBLISHED_UTILIZATION,
     Machine,
     Plan,
+    RunCosts,
     plan_run,
     sweep,
 )
 from dinov3_hf.plan.step_flop import step_flop
-from dinov3_hf.plan.workload import Head, Resolution, Workload
-from dinov3_hf.recipes.pages import read_recipe
 
 SWEEP = tuple(2**k for k in range(3, 12))  # 8 to 2048 GPUs
-# Fields that the machine which trains has to check, not the one that plans.
-ELSEWHERE = ("fp8", "engine", "deepspeed")
 
 
 def register(app: typer.Typer) -> None:
@@ -81,104 +79,71 @@ def plan(
     if engine not in ("auto", *ENGINES):
         raise ArgumentError(f"--engine {engine!r} is unknown; {did_you_mean(engine, ('auto', *ENGINES))}")
     machine = Machine(find_gpu(gpu), gpus, gpus_per_node, mfu, network)
-    recipe, workload, of_the_recipe = workload_of(words)
-    chosen = next((name for name in (engine, of_the_recipe) if name != "auto"), None)
-    if chosen == "zero3" and workload.recomputation == "selective":
-        raise ArgumentError("gradient_checkpointing selective does not go with engine zero3; use full, or fsdp2.")
-    planned = plan_run(workload, machine, chosen)
-    facts = {"recipe": recipe, "gpu": gpu, **facts_of(planned)}
-    if images is not None:
-        facts["run"]["passes_over_the_data"] = workload.max_steps * workload.global_batch_size / images
-    if price is not None:
-        facts["run"]["cost"] = planned.gpu_hours * price
-    if budget is not None:
-        facts["run"]["share_of_the_run_in_budget"] = budget / planned.gpu_hours
-    if sweep_to is not None:
-        plans = sweep(workload, machine, chosen, SWEEP)
-        if not plans:
-            raise ValueError(
-                f"global_batch_size {workload.global_batch_size} goes on none of 8 to 2048 GPUs; leave --sweep out."
-            )
-        facts["sweep"] = [sweep_row(each) for each in plans]
-        draw_sweep(sweep_to, f"{recipe} on {gpu}, {mfu:.0%} of the peak", facts["sweep"], planned)
+    asked = read_words(words)
+    chosen = next((name for name in (engine, asked.engine) if name != "auto"), None)
+    _check_engine(chosen, asked)
+    facts: dict[str, Any] = {"recipe": asked.recipe, "gpu": gpu}
+    if asked.is_distillation:
+        if sweep_to is not None:
+            raise ArgumentError("--sweep draws no distillations; plan them for one number of --gpus after the other.")
+        both = plan_distillation.plan_both(asked, machine, chosen)
+        facts |= plan_distillation.facts_of(both)
+        _add_totals(facts["run"], both.wanted, images, price, budget)
+        tables = plan_distillation.tables(facts, both)
+    else:
+        workload = workload_of(asked.args, asked.micro_batch)
+        planned = plan_run(workload, machine, chosen)
+        facts |= facts_of(planned)
+        _add_totals(facts["run"], planned, images, price, budget)
+        tables = [verdict_table(facts, planned), memory_table(facts, planned), run_table(facts, planned)]
+        if sweep_to is not None:
+            facts["sweep"] = _sweep(sweep_to, facts, planned, chosen)
+            tables.append(sweep_table(facts["sweep"]))
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        show(facts, planned)
+        console = Console()
+        for table in tables:
+            console.print(table)
         if sweep_to is not None:
             print(f"The sweep is in {sweep_to}")
+
+
+def _check_engine(engine: str | None, asked: Asked) -> None:
+    """What a training run refuses, too."""
+    if engine == "zero3" and asked.args.gradient_checkpointing == "selective":
+        raise ArgumentError("gradient_checkpointing selective does not go with engine zero3; use full, or fsdp2.")
+    if engine == "zero3" and asked.args.torch_compile:
+        raise ArgumentError("torch_compile does not go with engine zero3; set torch_compile: false, or engine: fsdp2.")
+
+
+def _add_totals(
+    run: dict[str, Any], costs: RunCosts, images: float | None, price: float | None, budget: float | None
+) -> None:
+    if images is not None:
+        run["passes_over_the_data"] = costs.max_steps * costs.global_batch_size / images
+    if price is not None:
+        run["cost"] = costs.gpu_hours * price
+    if budget is not None:
+        run["share_of_the_run_in_budget"] = budget / costs.gpu_hours
+
+
+def _sweep(path: Path, facts: dict[str, Any], planned: Plan, engine: str | None) -> list[dict[str, Any]]:
+    plans = sweep(planned.workload, planned.machine, engine, SWEEP)
+    if not plans:
+        raise ValueError(
+            f"global_batch_size {planned.global_batch_size} goes on none of 8 to 2048 GPUs; leave --sweep out."
+        )
+    rows = [sweep_row(each) for each in plans]
+    title = f"{facts['recipe']} on {facts['gpu']}, {planned.machine.utilization:.0%} of the peak"
+    draw_sweep(path, title, rows, planned)
+    return rows
 
 
 def _check_numbers(options: Mapping[str, float | None]) -> None:
     for name, value in options.items():
         if value is not None and not 0 < value < float("inf"):
             raise ArgumentError(f"{name} {value:g} is not positive; give a number above 0.")
-
-
-def workload_of(words: list[str]) -> tuple[str, Workload, str]:
-    """
-    The recipe's name, the part of it that memory and time depend on, and its engine.
-
-    Args:
-        words: `RECIPE --field value ...`, as the training scripts take them.
-
-    Raises:
-        ArgumentError: no recipe, an unknown recipe or field, a value of the wrong type.
-        ValueError: a value is refused by the configuration.
-    """
-    from dinov3_hf.models.dinov3_pretraining.backbones import WITHOUT_MASK_TOKEN, own_annotations
-    from dinov3_hf.training.arguments import merge_fields, split_words
-    from dinov3_hf.training.continued_config import ContinuedConfig
-    from dinov3_hf.training.ssl_config import SSLConfig
-
-    recipe, overrides = split_words(words)
-    if recipe is None:
-        raise ArgumentError("plan needs a recipe; give its name or a YAML file first, then --FIELD VALUE.")
-    fields = read_recipe(recipe)
-    is_continued = bool({"model", "head_steps"} & {*fields, *(override.path[0] for override in overrides)})
-    config_class = ContinuedConfig if is_continued else SSLConfig
-    merged = merge_fields(config_class, recipe, fields, overrides)
-    # One process plans for many: how they cut the batch is checked here, not by the configuration.
-    micro_batch = merged.pop("per_device_train_batch_size", None)
-    for entry in merged.get("crop_sizes") or []:
-        entry.pop("per_device_train_batch_size", None)
-    engine = merged.get("engine", "auto")
-    for name in ELSEWHERE:
-        merged.pop(name, None)
-    if merged.pop("offload_optimizer", False):
-        raise ValueError("offload_optimizer cannot be planned: its time depends on the host; set it to false.")
-    args = config_class(**{**merged, "use_cpu": True})
-
-    backbone = args.backbone_config()
-    image_groups = [1]
-    if backbone.model_type not in WITHOUT_MASK_TOKEN and backbone.drop_path_rate > 0:
-        image_groups.append(args.drop_path_group_size)
-    if args.gram_teacher is not None and not args.gram_per_image:
-        image_groups.append(args.gram_group_size or args.global_batch_size)
-    gram_teacher = args.pretraining_config().gram_teacher
-    workload = Workload(
-        backbone=backbone_of(
-            backbone.model_type, {name: backbone.__dict__[name] for name in own_annotations(type(backbone))}
-        ),
-        dino_head=Head(**args.dino_head),
-        ibot_head=None if args.mask_free else Head(**args.ibot_head),
-        resolutions=tuple(
-            Resolution(sizes.global_crop_size, sizes.local_crop_size, sizes.gram_crop_size, sizes.probability)
-            for sizes in args.crop_size_mix().sizes
-        ),
-        num_local_crops=args.num_local_crops,
-        masked_share=args.mask_probability * sum(args.mask_ratio) / 2,
-        gram_teacher=gram_teacher,  # type: ignore[arg-type]  # checked by its configuration
-        global_batch_size=args.global_batch_size,
-        max_steps=args.max_steps,
-        image_group=lcm(*image_groups),
-        koleo_group=args.koleo_group_size or args.global_batch_size,
-        drop_path_group=args.drop_path_group_size,
-        bf16=args.precision != "fp32",
-        recomputation=args.gradient_checkpointing,  # type: ignore[arg-type]  # no boolean any more
-        micro_batch=micro_batch,
-    )
-    return recipe, workload, engine
 
 
 def facts_of(planned: Plan) -> dict[str, Any]:
@@ -270,17 +235,9 @@ def draw_sweep(path: Path, title: str, rows: list[dict[str, Any]], planned: Plan
     figure.savefig(path)
 
 
-def show(facts: dict[str, Any], planned: Plan) -> None:
-    console = Console()
-    for table in (verdict_table(facts, planned), memory_table(facts, planned), run_table(facts, planned)):
-        console.print(table)
-    if "sweep" in facts:
-        console.print(sweep_table(facts["sweep"]))
-
-
 def verdict_table(facts: dict[str, Any], planned: Plan) -> Table:
     machine, workload = planned.machine, planned.workload
-    table = _table(f"{facts['recipe']} on {machine.num_gpus:,} x {facts['gpu']}, {planned.engine}", "", "")
+    table = table_of(f"{facts['recipe']} on {machine.num_gpus:,} x {facts['gpu']}, {planned.engine}", "", "")
     limit = LIMITS[planned.limit]
     if planned.limit == "memory":
         parts = max((plan for plan in facts["resolutions"]), key=lambda plan: plan["bytes"]["peak"])["bytes"]
@@ -307,14 +264,14 @@ LIMITS = {
 
 def memory_table(facts: dict[str, Any], planned: Plan) -> Table:
     columns = [f"{plan.resolution.global_side} / {plan.resolution.local_side} px" for plan in planned.resolutions]
-    table = _table("Memory of a GPU in GB", "", *columns, right=True)
+    table = table_of("Memory of a GPU in GB", "", *columns, right=True)
     for part in facts["resolutions"][0]["bytes"]:
         values = [resolution["bytes"][part] for resolution in facts["resolutions"]]
         if any(values):
             name = part.replace("_", " ")
-            cells = [_gb(value) for value in values]
+            cells = [gigabytes(value) for value in values]
             table.add_row(f"[bold]{name}[/bold]" if part == "peak" else name, *cells)
-    table.add_row("there is", *[_gb(planned.machine.usable_memory)] * len(columns))
+    table.add_row("there is", *[gigabytes(planned.machine.usable_memory)] * len(columns))
     return table
 
 
@@ -336,50 +293,27 @@ def run_table(facts: dict[str, Any], planned: Plan) -> Table:
         "TFLOP an image": f"{planned.model_flop_of_image / 1e12:,.3g}"
         + (f", and {again:.0%} more to recompute activations" if again else ""),
         "TFLOP a step": f"{planned.flop_of_image * workload.global_batch_size / 1e12:,.0f} on all GPUs",
-        "sent a step": f"{_gb(sent)} GB by each GPU, at {machine.link / 1e9:.3g} GB/s",
+        "sent a step": f"{gigabytes(sent)} GB by each GPU, at {machine.link / 1e9:.3g} GB/s",
         "seconds a step": f"{run['step_seconds']:.3g} = the longer of compute {compute:.3g} and network "
         f"{network:.3g}, and update {update:.2g}",
         "images a second": f"{run['images_per_second']:,.0f} in all, "
         f"{run['images_per_second'] / machine.num_gpus:,.0f} for each GPU: data workers must keep up",
-        "time": _duration(run["hours"]),
+        "time": duration(run["hours"]),
         "GPU hours": f"{run['gpu_hours']:,.0f} at {machine.utilization:.0%} of the peak; the published runs reached "
         f"{PUBLISHED_UTILIZATION[0]:.0%} and {PUBLISHED_UTILIZATION[1]:.0%}: {high:,.0f} and {low:,.0f}",
         "energy": f"{run['kilowatt_hours']:,.0f} kWh, GPUs at {machine.gpu.watts:.0f} W x {POWER_USAGE_EFFECTIVENESS}",
     }
-    if "passes_over_the_data" in run:
-        rows["passes over the data"] = f"{run['passes_over_the_data']:,.2f}"
-    if "cost" in run:
-        rows["cost"] = f"{run['cost']:,.0f}"
-    if "share_of_the_run_in_budget" in run:
-        share = run["share_of_the_run_in_budget"]
-        steps = min(int(share * workload.max_steps), workload.max_steps)
-        rows["the budget pays"] = f"{steps:,} of {workload.max_steps:,} steps ({share:.0%})"
-    table = _table("The run", "", "")
+    rows |= totals(run, planned)
+    table = table_of("The run", "", "")
     for name, text in rows.items():
         table.add_row(name, text)
     return table
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Sweep", "GPUs", "engine", "micro-batch", "GB a GPU", "time", "GPU hours", "limit", right=True)
+    table = table_of("Sweep", "GPUs", "engine", "micro-batch", "GB a GPU", "time", "GPU hours", "limit", right=True)
     for row in rows:
-        cells = [f"{row['gpus']:,}", row["engine"], str(row["micro_batch"]), _gb(row["peak_bytes"])]
-        spent = [_duration(row["hours"]), f"{row['gpu_hours']:,.0f}"] if row["fits"] else ["", ""]
+        cells = [f"{row['gpus']:,}", row["engine"], str(row["micro_batch"]), gigabytes(row["peak_bytes"])]
+        spent = [duration(row["hours"]), f"{row['gpu_hours']:,.0f}"] if row["fits"] else ["", ""]
         table.add_row(*cells, *spent, row["limit"])
-    return table
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f}"
-
-
-def _duration(hours: float) -> str:
-    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours"
-
-
-def _table(title: str, *columns: str, right: bool = False) -> Table:
-    """A borderless table under a title; without names of columns it has no header."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=any(columns))
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if right and position else "left", no_wrap=position == 0)
     return table

@@ -36,6 +36,10 @@ class State:
     gram_teacher: float
     buffers: float  # of communication: gathered parameters, buckets of gradients
 
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.teacher + self.gram_teacher + self.buffers
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -120,7 +124,9 @@ class Engine:
             return ring * (num_forwards * 4 * S + 4 * S)  # gradients at every backward, then parameters
         heads = b * workload.head_parameters
         student = (self._bytes_of_gathered_block(workload) if self.name == "fsdp2" else b) * B + heads
-        gathered = 2 * student + b * B + heads  # the student's for forward and backward, the teacher's
+        gathered = 2 * student  # for forward and backward
+        if workload.fixed_teacher is None:
+            gathered += b * B + heads
         if workload.gram_teacher == "separate":
             gathered += b * B
         return ring * num_forwards * (gathered + 4 * S)

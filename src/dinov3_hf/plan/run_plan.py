@@ -61,6 +61,11 @@ class Machine:
             links.append(self.gpus_per_node * (self.gpu.network_gb_per_second if network is None else network))
         return LINK_EFFICIENCY * min(links) * 1e9
 
+    @property
+    def flop_per_second(self) -> float:
+        """Of one GPU."""
+        return self.utilization * self.gpu.tflops * 1e12
+
 
 @dataclass(frozen=True)
 class ResolutionPlan:
@@ -91,8 +96,44 @@ class ResolutionPlan:
         return max(self.compute_seconds, self.network_seconds) + self.update_seconds
 
 
+class RunCosts:
+    """What a run costs, by the seconds of a step."""
+
+    machine: Machine
+
+    @property
+    def step_seconds(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def max_steps(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def global_batch_size(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def hours(self) -> float:
+        """Of the run."""
+        return self.step_seconds * self.max_steps / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.machine.num_gpus
+
+    @property
+    def kilowatt_hours(self) -> float:
+        """GPUs at full power, with what the data centre needs for that."""
+        return self.gpu_hours * self.machine.gpu.watts / 1000 * POWER_USAGE_EFFECTIVENESS
+
+    @property
+    def images_per_second(self) -> float:
+        return self.global_batch_size / self.step_seconds
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(RunCosts):
     """
     Args:
         workload, machine, engine: what was planned.
@@ -135,22 +176,12 @@ class Plan:
         return self.mean(plan.seconds for plan in self.resolutions)
 
     @property
-    def hours(self) -> float:
-        """Of the run."""
-        return self.step_seconds * self.workload.max_steps / 3600
+    def max_steps(self) -> int:
+        return self.workload.max_steps
 
     @property
-    def gpu_hours(self) -> float:
-        return self.hours * self.machine.num_gpus
-
-    @property
-    def kilowatt_hours(self) -> float:
-        """GPUs at full power, with what the data centre needs for that."""
-        return self.gpu_hours * self.machine.gpu.watts / 1000 * POWER_USAGE_EFFECTIVENESS
-
-    @property
-    def images_per_second(self) -> float:
-        return self.workload.global_batch_size / self.step_seconds
+    def global_batch_size(self) -> int:
+        return self.workload.global_batch_size
 
 
 def plan_run(workload: Workload, machine: Machine, engine: str | None = None) -> Plan:
@@ -183,8 +214,8 @@ def rank_share(workload: Workload, num_ranks: int) -> int:
             f"the recipe's global_batch_size is {batch} images, so that {num_ranks} GPUs would have less than one "
             f"each; use {batch} GPUs at most, or another global_batch_size, which changes the result."
         )
-    if batch % num_ranks or not _micro_batches(workload, num_ranks):
-        largest = max(n for n in range(1, num_ranks) if batch % n == 0 and _micro_batches(workload, n))
+    if batch % num_ranks or not micro_batches(workload, num_ranks):
+        largest = max(n for n in range(1, num_ranks) if batch % n == 0 and micro_batches(workload, n))
         groups = "" if batch % num_ranks else f" in whole groups of {workload.image_group} images"
         raise ValueError(
             f"the recipe's global_batch_size {batch} cannot be divided among {num_ranks} GPUs{groups}; the next "
@@ -197,14 +228,14 @@ def sweep(workload: Workload, machine: Machine, engine: str | None, counts: Iter
     """Plans for these numbers of GPUs, without those on which the global batch does not go."""
     plans = []
     for num_gpus in counts:
-        if workload.global_batch_size % num_gpus == 0 and _micro_batches(workload, num_gpus):
+        if workload.global_batch_size % num_gpus == 0 and micro_batches(workload, num_gpus):
             plans.append(plan_run(workload, replace(machine, num_gpus=num_gpus), engine))
     return plans
 
 
 def _plan(workload: Workload, machine: Machine, engine_name: str, share: int) -> Plan:
     engine = Engine(engine_name, machine.num_gpus)
-    allowed = _micro_batches(workload, machine.num_gpus)
+    allowed = micro_batches(workload, machine.num_gpus)
     asked = [] if workload.micro_batch is None else [workload.micro_batch]
     if asked and asked[0] not in allowed:
         raise ValueError(
@@ -223,13 +254,14 @@ def _plan(workload: Workload, machine: Machine, engine_name: str, share: int) ->
             size, memory = _largest(workload, resolution, engine, machine, asked or parts, share)
         chosen.append((resolution, size, memory))
     resolutions = tuple(
-        _timed(workload, resolution, engine, machine, size, share, memory) for resolution, size, memory in chosen
+        timed(workload, resolution, engine, machine, size, share, memory, step_flop(workload, resolution).total)
+        for resolution, size, memory in chosen
     )
     fits = all(plan.memory.peak <= machine.usable_memory for plan in resolutions)
     return Plan(workload, machine, engine_name, fits, resolutions)
 
 
-def _micro_batches(workload: Workload, num_ranks: int) -> list[int]:
+def micro_batches(workload: Workload, num_ranks: int) -> list[int]:
     """Images of a forward pass of a rank that leave the result as it is."""
     share = workload.global_batch_size // num_ranks
     return [
@@ -250,7 +282,7 @@ def _largest(
     return size, memories[size]
 
 
-def _timed(
+def timed(
     workload: Workload,
     resolution: Resolution,
     engine: Engine,
@@ -258,9 +290,15 @@ def _timed(
     micro_batch: int,
     share: int,
     memory: StepMemory,
+    flop_of_image: float,
 ) -> ResolutionPlan:
+    """How long the forward passes of a step take on a rank; for the letters see `ResolutionPlan`.
+
+    Args:
+        share: images of a step on each rank.
+        flop_of_image: what a rank computes for one.
+    """
     num_forwards = share // micro_batch
-    flop = share * step_flop(workload, resolution).total
     sent = engine.traffic(workload, num_forwards)
     state_share = 1 if engine.name == "ddp" else 1 / engine.num_ranks
     return ResolutionPlan(
@@ -268,7 +306,7 @@ def _timed(
         micro_batch=micro_batch,
         num_forwards=num_forwards,
         memory=memory,
-        compute_seconds=flop / (machine.utilization * machine.gpu.tflops * 1e12),
+        compute_seconds=share * flop_of_image / machine.flop_per_second,
         sent_bytes=sent,
         network_seconds=sent / machine.link,
         update_seconds=UPDATE_BYTES * workload.num_parameters * state_share / (machine.gpu.memory_gb_per_second * 1e9),

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dinov3_hf.plan.workload import NUM_GLOBAL_CROPS, Head, Resolution, Workload
+from dinov3_hf.plan.workload import NUM_GLOBAL_CROPS, Head, Projection, Resolution, Workload
 
 
 class StepFlop(NamedTuple):
@@ -38,22 +38,24 @@ def step_flop(workload: Workload, resolution: Resolution) -> StepFlop:
     with E, W and A operations of the first layer, of the blocks' matrix products and of attention in the forward of a
     crop, k the share of crops that stochastic depth keeps, H the weights of a head, M masked patches, P patches and
     G = 2 global and n local crops of an image. The backward pass of a matrix product is two of them, that of an
-    attention two and a half.
+    attention two and a half. In a distillation the teacher is none of this: see `FixedTeacher`.
     """
-    backbone = workload.backbone
+    backbone, fixed = workload.backbone, workload.fixed_teacher
     crops = workload.student_crops(resolution, 1)
     student = sum(group.number * backbone.flop(group.side).training(group.kept) for group in crops)
-    teacher = NUM_GLOBAL_CROPS * backbone.flop(resolution.global_side).forward
+    teacher = 0.0 if fixed else NUM_GLOBAL_CROPS * backbone.flop(resolution.global_side).forward
 
     width = backbone.width
-    heads = _head(workload.dino_head, width, rows=sum(group.number for group in crops), teacher_rows=NUM_GLOBAL_CROPS)
+    rows, teacher_rows = sum(group.number for group in crops), 0 if fixed else NUM_GLOBAL_CROPS
+    heads = _head(workload.dino_head, width, rows, teacher_rows)
     if workload.ibot_head is not None:
         masked = workload.masked_patches(resolution, 1)
-        heads += _head(workload.ibot_head, width, rows=masked, teacher_rows=masked)
+        heads += _head(workload.ibot_head, width, masked, 0.0 if fixed else masked)
 
     gram = 0.0
     if workload.gram_teacher is not None:
-        gram = NUM_GLOBAL_CROPS * 2 * backbone.patches(resolution.global_side) ** 2 * width * (3 + 1)
+        teacher_width = fixed.width if fixed else width
+        gram = NUM_GLOBAL_CROPS * 2 * workload.patches(resolution) ** 2 * (3 * width + teacher_width)
     if workload.gram_teacher == "separate":
         gram += NUM_GLOBAL_CROPS * backbone.flop(resolution.gram_side or resolution.global_side).forward
 
@@ -63,5 +65,5 @@ def step_flop(workload: Workload, resolution: Resolution) -> StepFlop:
     return StepFlop(student, teacher, heads, gram, recomputed)
 
 
-def _head(head: Head, width: int, rows: float, teacher_rows: float) -> float:
+def _head(head: Head | Projection, width: int, rows: float, teacher_rows: float) -> float:
     return 2 * head.weights(width) * (3 * rows + teacher_rows)
