@@ -49,7 +49,8 @@ def describe(trainer: DistillationTrainer) -> str:
         backbone = student.backbone_config()
         width = backbone.hidden_size
         where = "" if ranks is None else f", on {ranks[name]} of {args.world_size} ranks"
-        lines.append(f"  {name}: {backbone.model_type}, width {width}{where}")
+        start = "" if student.start_from is None else f", from {student.start_from}"
+        lines.append(f"  {name}: {backbone.model_type}, width {width}{start}{where}")
     if ranks is None and len(args.students) > 1:
         lines.append("The students take turns on the teacher's answers.")
     if trainer.student_seconds is not None and ranks is not None:

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from dinov3_hf.data.crop_sizes import CropSizes
 from dinov3_hf.errors import ArgumentError, did_you_mean
@@ -25,7 +25,7 @@ OF_A_STUDENT = (
     *("cls_weight", "patch_weight", "feature_loss", "gram_weight_schedule", "local_loss_weight_schedule"),
     *("lr_schedule", "learning_rate", "lr_scaling", "weight_decay_schedule", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "freeze_last_layer_steps", "layerwise_lr_decay"),
-    *("patch_embed_lr_mult", "teacher_momentum_schedule", "gradient_checkpointing"),
+    *("patch_embed_lr_mult", "teacher_momentum_schedule", "gradient_checkpointing", "start_from"),
 )
 # Names of other things in a run's folder or in a checkpoint.
 _TAKEN = ("state", "streams", "runs", "teacher")
@@ -84,6 +84,11 @@ class DistillationConfig(StudentConfig):
         default="runs/distill",
         metadata=orchestration("Folder for checkpoints, logs and the students, each in a folder of its own name."),
     )
+
+    UNUSED_FIELDS: ClassVar[dict[str, str]] = {
+        **StudentConfig.UNUSED_FIELDS,
+        "start_from": "students start one by one: set students.NAME.start_from",
+    }
 
     def __post_init__(self) -> None:
         self.description = read_teacher(self.teacher)
@@ -287,6 +292,7 @@ class DistillationConfig(StudentConfig):
         for name, block in (recipe.get("students") or {}).items():
             own = {**recipe, **(block or {})}
             students[name] = {key: value for key, value in SSLConfig.result_fields(own).items() if key in OF_A_STUDENT}
+            students[name].pop("start_from")  # what it gave is in every checkpoint
             students[name] |= {
                 f.name: plain(own.get(f.name, f.default))
                 for f in dataclasses.fields(StudentConfig)

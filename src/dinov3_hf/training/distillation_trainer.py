@@ -122,6 +122,8 @@ class DistillationTrainer(RunTrainer):
                     head.to(args.device)
         self._is_prepared = True
         for student in self.students:
+            if afresh:
+                student.load_start()
             student.prepare()
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

@@ -15,6 +15,7 @@ from dinov3_hf.distributed.engine import ShardedModel, empty_parameters_to_buffe
 from dinov3_hf.distributed.pieces import Piece, StateReader
 from dinov3_hf.distributed.reductions import process_group, rank, world_size
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation
+from dinov3_hf.training.distillation_teacher import load_teacher, read_teacher
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.engines import make_engine
 from dinov3_hf.training.evaluation import Evaluator
@@ -98,6 +99,21 @@ class Student:
     def submodules(self) -> dict[str, nn.Module]:
         """The parts that have a parameter group namespace and a gradient clip of their own."""
         return dict(self.model.student.named_children())
+
+    @torch.no_grad()
+    def load_start(self) -> None:
+        """Put the weights of `start_from` into the student, if it names a model; before `prepare`."""
+        if self.args.start_from is None:
+            return
+        start = load_teacher(read_teacher(self.args.start_from), bf16=False)
+        for network in (self.model.student, self.model.ema):
+            for name, ours in network.named_children():
+                theirs = dict(start.named_children()).get(name)
+                if theirs is not None and (name == "backbone" or _shapes(ours) == _shapes(theirs)):
+                    weights = dict(theirs.named_parameters())
+                    for key, parameter in ours.named_parameters():
+                        if key in weights:  # a norm for local crops is not in every backbone
+                            parameter.copy_(weights[key])
 
     def prepare(self) -> None:
         """Spread the student over its group, and make its optimizer. Once."""
@@ -251,3 +267,7 @@ def new_student(args: StudentConfig) -> DINOv3ForDistillation:
         if never_seen:
             parameter.requires_grad_(False)
     return model
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}

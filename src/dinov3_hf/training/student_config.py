@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dinov3_hf.data.crop_sizes import CropSizes
 from dinov3_hf.errors import ArgumentError
+from dinov3_hf.models.same_network import network_differences
 from dinov3_hf.training.distillation_teacher import read_teacher
 from dinov3_hf.training.recipe_config import UNUSED_FIELDS, changes_the_result
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.teacher_networks import network_config
 
 if TYPE_CHECKING:
     from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
 
 TEACHER = "teacher"  # value of gram_teacher
 HEADS = {"dino_head": "DINO", "ibot_head": "iBOT"}
-_NO_STAGE = "distillation starts from random weights"
 _ONE_GRAM_TEACHER = "the Gram teacher is the teacher, on the teacher's crops: set gram_teacher: teacher"
 
 
@@ -69,13 +70,20 @@ class StudentConfig(SSLConfig):
         ),
     )
 
+    start_from: str | None = field(
+        default=None,
+        metadata=changes_the_result(
+            "In the block of a student: the model that its weights come from, with heads where they are of the same "
+            "shape: a run, a model folder, or OWNER/NAME on the Hub; null is random weights."
+        ),
+    )
+
     # --- efficiency ---
     num_ranks: int | None = None  # that train this student; None is all
 
     UNUSED_FIELDS: ClassVar[dict[str, str]] = {
         **UNUSED_FIELDS,
-        "start_from": _NO_STAGE,
-        "start_with": _NO_STAGE,
+        "start_with": "a student starts with the weights of a model: set start_from in its block",
         "crop_sizes": "set global_crop_size and local_crop_size",
         "gram_crop_size": _ONE_GRAM_TEACHER,
         "gram_refresh_steps": _ONE_GRAM_TEACHER,
@@ -98,11 +106,24 @@ class StudentConfig(SSLConfig):
             if self.__dict__[name] < 0:
                 raise ValueError(f"{name} {self.__dict__[name]:g} is negative; use 0 to leave the term out.")
         super()._check_networks()
+        self._check_start()
         num_channels = self.backbone_config().num_channels
         if num_channels != read_teacher(self.teacher).num_channels:
             raise ValueError(
                 f"the student takes images of {num_channels} channels, the teacher of "
                 f"{read_teacher(self.teacher).num_channels}; set backbone.num_channels to the latter."
+            )
+
+    def _check_start(self) -> None:
+        if self.start_from is None:
+            return
+        there = network_config(read_teacher(self.start_from).source)
+        differences = network_differences(self.backbone_config(), there)
+        listed = ", ".join(f"{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in differences)
+        if listed:
+            raise ValueError(
+                f"start_from {self.start_from} is another network than the student: {listed}; give the student its "
+                "backbone, or leave start_from out."
             )
 
     def _complete_heads(self) -> None:
