@@ -72,10 +72,10 @@ def fields_by_group(config_class: type[RecipeConfig]) -> dict[str, list[dataclas
     own_classes = [cls for cls in config_class.__mro__ if not issubclass(TrainingArguments, cls)]
     own_names = [name for cls in own_classes for name in inspect.get_annotations(cls)]
     for name in dict.fromkeys(own_names):
-        if name in fields and "group" in fields[name].metadata:
+        if name in fields and "group" in fields[name].metadata and name not in config_class.UNUSED_FIELDS:
             groups[fields[name].metadata["group"]].append(fields[name])
     for group, names in config_class.INHERITED_GROUPS.items():
-        groups[group] += [fields[name] for name in names]
+        groups[group] += [fields[name] for name in names if name not in config_class.UNUSED_FIELDS]
     return groups
 
 

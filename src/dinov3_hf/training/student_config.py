@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"  # value of gram_teacher
 HEADS = {"dino_head": "DINO", "ibot_head": "iBOT"}
+_NO_PUSH = "several models come out: dinov3-hf push OUTPUT_DIR/STUDENT OWNER/NAME uploads one"
 _ONE_GRAM_TEACHER = "the Gram teacher is the teacher, on the teacher's crops: set gram_teacher: teacher"
 
 
@@ -89,8 +90,7 @@ class StudentConfig(SSLConfig):
         "gram_refresh_steps": _ONE_GRAM_TEACHER,
         "gram_first_refresh_step": _ONE_GRAM_TEACHER,
         "gram_max_refreshes": _ONE_GRAM_TEACHER,
-        "push_to_hub": "several models come out: dinov3-hf push OUTPUT_DIR/STUDENT OWNER/NAME uploads one",
-        "hub_model_id": "several models come out: dinov3-hf push OUTPUT_DIR/STUDENT OWNER/NAME uploads one",
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision"), _NO_PUSH),
     }
 
     @property
