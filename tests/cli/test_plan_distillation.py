@@ -133,7 +133,7 @@ def test_tables(recipe, capsys):
         (
             ["--gpus", "8", "--per_device_train_batch_size", "7"],
             1,
-            "7 does not go with all students on 8 GPUs; use 1,",
+            "7 does not go with all students on 8 GPUs; use 64, 32,",
         ),
         (["--gpus", "8", "--engine", "zero3"], 2, "engine zero3 trains one network, but there are 3 students"),
         (["--gpus", "8", "--sweep", "sweep.png"], 2, "--sweep draws no distillations"),

@@ -45,6 +45,16 @@ def test_brute_force_on_small_cases():
     assert solved >= 200
 
 
+def test_numbers_that_a_student_cannot_have():
+    seconds = {"a": 1.0, "b": 1.0, "c": 4.0}
+    assert choose_student_ranks(seconds, 6, 24) == {"a": 1, "b": 1, "c": 4}
+    assert choose_student_ranks(seconds, 6, 24, lambda name, count: count == 2 or name != "a") == {
+        "a": 2, "b": 1, "c": 3,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="in the groups of images that the recipe asks for; use another number of"):
+        choose_student_ranks(seconds, 6, 24, lambda name, count: count < 2)
+
+
 def test_idle_share():
     assert idle_share({"a": 2.0, "b": 6.0}, {"a": 1, "b": 3}) == 0
     assert idle_share({"a": 1.0, "b": 3.0}, {"a": 1, "b": 1}) == pytest.approx(1 / 3)  # a waits for 2 of 6 seconds

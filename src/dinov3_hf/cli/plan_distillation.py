@@ -8,7 +8,7 @@ from rich.table import Table
 from dinov3_hf.cli.plan_recipe import Asked, distillation_of
 from dinov3_hf.cli.plan_tables import duration, gigabytes, table_of, totals
 from dinov3_hf.errors import ArgumentError
-from dinov3_hf.plan.distillation import Distillation, DistillationPlan, plan_in_groups, plan_in_turn, split_ranks
+from dinov3_hf.plan.distillation import Distillation, DistillationPlan, plan_in_groups, plan_in_turn
 from dinov3_hf.plan.run_plan import Machine
 
 MODES = {"in_turn": "in turn", "in_groups": "in groups"}
@@ -52,10 +52,8 @@ def plan_both(asked: Asked, machine: Machine, engine: str | None) -> Both:
         return plan_in_turn(distillation, machine, engine)
 
     def in_groups() -> DistillationPlan:
-        if isinstance(asked.student_ranks, dict):
-            ranks = _checked(asked.student_ranks, names, machine.num_gpus)
-        else:
-            ranks = split_ranks(distillation, machine.num_gpus)
+        given = asked.student_ranks
+        ranks = _checked(given, names, machine.num_gpus) if isinstance(given, dict) else None
         return plan_in_groups(distillation, machine, ranks, engine)
 
     ways = {"in_turn": in_turn, "in_groups": in_groups}

@@ -5,10 +5,8 @@ ranks, or *in groups*: ranks are split, each group trains one student on the who
 others, and images with the teacher's answers go to one rank of every group first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from math import lcm
 
 from dinov3_hf.plan.engines import Engine
 from dinov3_hf.plan.run_plan import Limit, Machine, ResolutionPlan, RunCosts, micro_batches, rank_share, timed
@@ -38,6 +36,10 @@ class Distillation:
         """Operations of an image of a student, forward and backward."""
         workload = self.students[name]
         return step_flop(workload, workload.resolutions[0]).total
+
+    def group_flop(self, name: str) -> float:
+        """The same of a student whose group makes the targets by itself."""
+        return self.student_flop(name) + self.teacher.target_flop
 
     @property
     def flop_of_image(self) -> float:
@@ -150,168 +152,159 @@ def plan_in_turn(distillation: Distillation, machine: Machine, engine: str | Non
     Raises:
         ValueError: the global batch does not go on so many ranks.
     """
-    return _with_engine(distillation, machine, engine, None)
+    ranks = dict.fromkeys(distillation.students, machine.num_gpus)
+    return _best(_ways(distillation, machine, False, lambda size: ranks), engine)
 
 
 def plan_in_groups(
-    distillation: Distillation, machine: Machine, ranks: Mapping[str, int], engine: str | None = None
+    distillation: Distillation, machine: Machine, ranks: Mapping[str, int] | None = None, engine: str | None = None
 ) -> DistillationPlan:
     """
     Each group of ranks trains one student.
 
     Args:
-        ranks: student -> its ranks; together those of the machine.
+        ranks: student -> its ranks; together those of the machine. None is the split with the shortest step, where all
+            GPUs reach the same share of their peak with every student.
         engine: as in `plan_in_turn`.
 
     Raises:
-        ValueError: the global batch does not go on so many ranks.
+        ValueError: the global batch does not go on so many ranks, or there is no such split.
     """
-    return _with_engine(distillation, machine, engine, ranks)
+    flop = {name: distillation.group_flop(name) for name in distillation.students}
+
+    def split(size: int | None) -> Mapping[str, int]:
+        def is_possible(name: str, count: int) -> bool:
+            sizes = micro_batches(distillation.students[name], count)
+            return bool(sizes) if size is None else size in sizes
+
+        if ranks is not None:
+            return ranks
+        batch_size = distillation.any_student.global_batch_size
+        return choose_student_ranks(flop, machine.num_gpus, batch_size, is_possible)
+
+    return _best(_ways(distillation, machine, True, split), engine)
 
 
-def split_ranks(distillation: Distillation, num_ranks: int) -> dict[str, int]:
-    """
-    The split with the shortest step, where all GPUs reach the same share of their peak with every student.
-
-    Raises:
-        ValueError: there is none; see `choose_student_ranks`.
-    """
-    any_student = distillation.any_student
-    together = lcm(*(workload.image_group for workload in distillation.students.values()))
-    flop = {name: _flop_in_a_group(distillation, name) for name in distillation.students}
-    return choose_student_ranks(flop, num_ranks, any_student.global_batch_size // together)
+def _best(ways: "list[_Way]", engine: str | None) -> DistillationPlan:
+    """The fastest that fits, else the one that lacks least."""
+    engines = [engine] if engine is not None else ["ddp"] if ways[0].machine.num_gpus == 1 else ["ddp", "fsdp2"]
+    for name in engines:
+        plans = [way.plan(name) for way in ways]
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            return min(fitting, key=lambda plan: plan.step_seconds)
+    return min(plans, key=lambda plan: plan.peak_memory)
 
 
-def _with_engine(
-    distillation: Distillation, machine: Machine, engine: str | None, ranks: Mapping[str, int] | None
-) -> DistillationPlan:
-    if engine is not None:
-        return _plan(distillation, machine, engine, ranks)
-    plan = _plan(distillation, machine, "ddp", ranks)
-    return plan if plan.fits or machine.num_gpus == 1 else _plan(distillation, machine, "fsdp2", ranks)
-
-
-def _plan(
-    distillation: Distillation, machine: Machine, engine: str, ranks: Mapping[str, int] | None
-) -> DistillationPlan:
-    candidates = [
-        _Candidate(distillation, machine, engine, ranks, size) for size in _sizes(distillation, machine, ranks)
-    ]
-    fitting = [candidate for candidate in candidates if candidate.peak <= machine.usable_memory]
-    best = fitting[0] if fitting else min(candidates, key=lambda candidate: candidate.peak)
-    return best.plan()
-
-
-def _sizes(distillation: Distillation, machine: Machine, ranks: Mapping[str, int] | None) -> list[int | None]:
-    """Images of a forward pass that all students can have, largest first; None is each rank's whole share."""
-    any_student = distillation.any_student
-    batch, num_gpus = any_student.global_batch_size, machine.num_gpus
+def _ways(
+    distillation: Distillation, machine: Machine, in_groups: bool, split: Callable[[int | None], Mapping[str, int]]
+) -> "list[_Way]":
+    """Of the images that a forward pass can have, the most first; `split` gives the ranks of each student for them."""
+    batch, num_gpus = distillation.any_student.global_batch_size, machine.num_gpus
+    share = batch // num_gpus
     if batch % num_gpus:
         raise ValueError(
             f"global_batch_size {batch} is not a multiple of {num_gpus} GPUs, on all of which the teacher runs; use "
-            f"{max(batch // num_gpus, 1) * num_gpus} or {(batch // num_gpus + 1) * num_gpus}, or other --gpus."
+            f"{max(share, 1) * num_gpus} or {(share + 1) * num_gpus}, or other --gpus."
         )
-    allowed: set[int] = set(range(1, batch // num_gpus + 1))
-    for name, workload in distillation.students.items():
-        count = num_gpus if ranks is None else ranks[name]
+    ways: dict[int | None, _Way] = {}
+    errors = []
+    for size in (None, *(size for size in range(share, 0, -1) if share % size == 0)):
         try:
-            rank_share(workload, count)
+            ways[size] = _Way(distillation, machine, in_groups, split(size), size)
         except ValueError as error:
-            raise ValueError(f"student {name}: {error}") from error
-        allowed &= set(micro_batches(workload, count))
-    asked = any_student.micro_batch
-    if asked is None:
-        return [None, *sorted(allowed, reverse=True)]
-    if asked not in allowed:
-        possible = ", ".join(map(str, sorted(allowed))) or "no number, and leave it out"
+            errors.append(error)
+    asked = distillation.any_student.micro_batch
+    if not ways:
+        raise errors[0]
+    if asked is not None and asked not in ways:
+        possible = ", ".join(str(size) for size in ways if size is not None) or "no number"
         raise ValueError(
             f"per_device_train_batch_size {asked} does not go with all students on {num_gpus} GPUs; use {possible}."
         )
-    return [asked]
+    return [*ways.values()] if asked is None else [ways[asked]]
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Way:
+    """
+    Args:
+        ranks: of each student.
+        size: images of a forward pass; None is each rank's whole share.
+
+    Raises:
+        ValueError: the batch of a student cannot be divided so.
+    """
+
     distillation: Distillation
     machine: Machine
-    engine_name: str
-    ranks: Mapping[str, int] | None
+    in_groups: bool
+    ranks: Mapping[str, int]
     size: int | None
 
-    def engine(self, name: str) -> Engine:
-        return Engine(self.engine_name, self.machine.num_gpus if self.ranks is None else self.ranks[name])
+    def __post_init__(self) -> None:
+        for name, workload in self.distillation.students.items():
+            try:
+                share = rank_share(workload, self.ranks[name])
+                if self.size is not None and self.size not in micro_batches(workload, self.ranks[name]):
+                    raise ValueError(f"{self.size} images do not go with the {share} of a GPU; use another number.")
+            except ValueError as error:
+                raise ValueError(f"student {name}: {error}") from error
 
-    @property
-    def peak(self) -> float:
-        return max(plan.step.memory.peak for plan in self.students.values())
+    def plan(self, engine: str) -> DistillationPlan:
+        teacher, workload, machine = self.distillation.teacher, self.distillation.any_student, self.machine
+        share = workload.global_batch_size // machine.num_gpus
+        flop = teacher.answer_flop + (0 if self.in_groups else teacher.target_flop)
+        computing = share * flop / machine.flop_per_second
+        gathering = self.gathered_bytes(engine, share // (self.size or share)) / machine.link
+        return DistillationPlan(
+            distillation=self.distillation,
+            machine=machine,
+            engine=engine,
+            in_groups=self.in_groups,
+            students={name: self.student(name, engine) for name in self.distillation.students},
+            per_device_train_batch_size=self.size,
+            teacher_seconds=max(computing, gathering),
+            exchange_seconds=self.exchanged_bytes() / machine.link if self.in_groups else 0.0,
+        )
 
-    @cached_property
-    def students(self) -> dict[str, StudentPlan]:
-        return {name: self.student(name) for name in self.distillation.students}
-
-    def student(self, name: str) -> StudentPlan:
-        workload, engine = self.distillation.students[name], self.engine(name)
+    def student(self, name: str, engine_name: str) -> StudentPlan:
+        workload, engine = self.distillation.students[name], Engine(engine_name, self.ranks[name])
         resolution = workload.resolutions[0]
         share = workload.global_batch_size // engine.num_ranks
         num_images = share if self.size is None else self.size
-        beside = self.teacher_bytes()
-        if self.ranks is None:
+        beside = self.teacher_bytes(engine)
+        if not self.in_groups:
             others = [other for other in self.distillation.students if other != name]
             beside += sum(engine.state(self.distillation.students[other]).total for other in others)
         elif share == num_images:
             beside += share * cut_pixels(workload, resolution)  # they have come to the GPU as bytes
         memory = step_memory(workload, resolution, engine, num_images, share, beside)
-        flop = step_flop(workload, resolution).total
-        if self.ranks is not None:
-            flop = _flop_in_a_group(self.distillation, name)
-        return StudentPlan(
-            engine.num_ranks, timed(workload, resolution, engine, self.machine, num_images, share, memory, flop)
-        )
+        flop = self.distillation.group_flop(name) if self.in_groups else self.distillation.student_flop(name)
+        step = timed(workload, resolution, engine, self.machine, num_images, share, memory, flop)
+        return StudentPlan(engine.num_ranks, step)
 
-    def teacher_bytes(self) -> float:
-        """Of its weights on each rank; its heads are not sharded."""
-        teacher, b = self.distillation.teacher, self.number_bytes
-        shared = self.machine.num_gpus if Engine(self.engine_name, 1).shares_parameters else 1
-        return b * (teacher.num_parameters / shared + teacher.head_parameters)
+    def teacher_bytes(self, engine: Engine) -> float:
+        """Of its weights on each rank; it is shared by all of them, but for its heads."""
+        teacher = self.distillation.teacher
+        shared = self.machine.num_gpus if engine.shares_parameters else 1
+        return self.number_bytes * (teacher.num_parameters / shared + teacher.head_parameters)
 
     @property
     def number_bytes(self) -> int:
         return 2 if self.distillation.any_student.bf16 else 4
 
-    def plan(self) -> DistillationPlan:
-        teacher, workload, machine = self.distillation.teacher, self.distillation.any_student, self.machine
-        share = workload.global_batch_size // machine.num_gpus
-        flop = teacher.answer_flop + (teacher.target_flop if self.ranks is None else 0)
-        computing = share * flop / machine.flop_per_second
-        gathering = self.gathered_bytes(share // (self.size or share)) / machine.link
-        return DistillationPlan(
-            distillation=self.distillation,
-            machine=machine,
-            engine=self.engine_name,
-            in_groups=self.ranks is not None,
-            students=self.students,
-            per_device_train_batch_size=self.size,
-            teacher_seconds=max(computing, gathering),
-            exchange_seconds=0.0 if self.ranks is None else self.exchanged_bytes() / machine.link,
-        )
-
-    def gathered_bytes(self, num_forwards: int) -> float:
+    def gathered_bytes(self, engine: str, num_forwards: int) -> float:
         """Of a sharded teacher, by each rank in a step."""
-        if not Engine(self.engine_name, 1).shares_parameters:
+        if not Engine(engine, self.machine.num_gpus).shares_parameters:
             return 0.0
         others = (self.machine.num_gpus - 1) / self.machine.num_gpus
         return num_forwards * self.number_bytes * others * self.distillation.teacher.num_parameters
 
     def exchanged_bytes(self) -> float:
-        """What a rank sends to the groups, or the rank of the smallest group gets, whichever is more."""
-        assert self.ranks is not None
+        """What a rank sends to the groups, or a rank of the smallest group gets, whichever is more."""
         workload = self.distillation.any_student
         image = cut_pixels(workload, workload.resolutions[0])
         image += self.number_bytes * self.distillation.teacher.answer_numbers
         share = workload.global_batch_size // self.machine.num_gpus
         return image * max(share * len(self.ranks), workload.global_batch_size // min(self.ranks.values()))
-
-
-def _flop_in_a_group(distillation: Distillation, name: str) -> float:
-    """Operations of an image of a student whose group makes the targets by itself."""
-    return distillation.student_flop(name) + distillation.teacher.target_flop

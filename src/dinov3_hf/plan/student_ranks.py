@@ -1,6 +1,6 @@
 """How ranks are split among students that are trained at the same time, so that the fewest wait."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 
@@ -11,7 +11,12 @@ class _Split(NamedTuple):
     counts: tuple[int, ...]  # ranks of each student
 
 
-def choose_student_ranks(seconds: Mapping[str, float], num_ranks: int, batch_size: int) -> dict[str, int]:
+def choose_student_ranks(
+    seconds: Mapping[str, float],
+    num_ranks: int,
+    batch_size: int,
+    is_possible: Callable[[str, int], bool] = lambda name, count: True,
+) -> dict[str, int]:
     """
     The split with the shortest step, which is as long as that of the student that all others wait for.
 
@@ -22,8 +27,9 @@ def choose_student_ranks(seconds: Mapping[str, float], num_ranks: int, batch_siz
     Args:
         seconds: student -> time of a step with the whole batch on one rank, in any unit.
         num_ranks: to be split; every one is given to a student.
-        batch_size: images of the batch; each student's ranks divide it. Where images have to stay together in
-            groups, the number of groups.
+        batch_size: images of the batch; each student's ranks divide it.
+        is_possible: of a student and a number of ranks that divides the batch, whether it can have them: its recipe
+            may ask for images in whole groups.
 
     Returns:
         Student -> its ranks, in the order of `seconds`.
@@ -36,22 +42,29 @@ def choose_student_ranks(seconds: Mapping[str, float], num_ranks: int, batch_siz
             f"{len(seconds)} students cannot be spread over {num_ranks} ranks; use {len(seconds)} at least, or let "
             "them take turns."
         )
-    divisors = _divisors(batch_size, num_ranks)
+    divisors = {
+        name: [count for count in _divisors(batch_size, num_ranks) if is_possible(name, count)] for name in seconds
+    }
     best = {0: _Split((), ())}  # by the ranks that the students so far have
-    for own in seconds.values():
+    for name, own in seconds.items():
         further: dict[int, _Split] = {}
         for used, split in best.items():
-            for count in divisors:
+            for count in divisors[name]:
                 if used + count <= num_ranks:
                     longest_first = tuple(sorted((*split.seconds, own / count), reverse=True))
                     candidate = _Split(longest_first, (*split.counts, count))
                     further[used + count] = min(candidate, further.get(used + count, candidate))
         best = further
     if num_ranks not in best:
+        nearest = _nearest_batch(len(seconds), num_ranks, batch_size)
         raise ValueError(
             f"{num_ranks} ranks cannot be split among {len(seconds)} students so that each group divides a batch of "
-            f"{batch_size}; the nearest batch for which they can is "
-            f"{_nearest_batch(len(seconds), num_ranks, batch_size)}."
+            f"{batch_size}"
+            + (
+                " in the groups of images that the recipe asks for; use another number of ranks."
+                if nearest == batch_size
+                else f"; the nearest batch for which they can is {nearest}."
+            )
         )
     return dict(zip(seconds, best[num_ranks].counts, strict=True))
 
