@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread a test process: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-WORKERS := -n auto --maxprocesses 8
+# Each worker begins with a part of its own, so that few fixtures of a module are made twice.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-all test-engines test-floor test-fp8 style quality docs bench

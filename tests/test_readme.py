@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from tests.convert.files import tiny_native
-from tests.hub.client import TOKEN, environment
+from tests.forks import ENVIRONMENT
+from tests.hub.client import TOKEN, running_client
 from tests.hub.server import running_hub
 from tests.testing_utils import REPOSITORY
 
@@ -23,24 +24,26 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 PYTHON = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
+# Two steps of a few images.
+SHORTER = [
+    *("--max_steps", "2", "--save_steps", "1", "--global_batch_size", "8", "--per_device_train_batch_size", "null"),
+    *("--koleo_group_size", "8"),
+]
+ON_PATH = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run(command: list[str], folder: Path, **env: str) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT | env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, env=ON_PATH, capture_output=True, text=True, timeout=300, check=False)
+    return printed_by(done)
+
+
+def printed_by(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, f"{shlex.join(done.args)}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory) -> Path:
+def desk(forks, tmp_path_factory) -> Path:
     """A folder as the README assumes it: the repository's scripts, some photos, and a short quickstart behind it."""
     desk = tmp_path_factory.mktemp("desk")
     (desk / "training_scripts").symlink_to(REPOSITORY / "training_scripts")
@@ -52,10 +55,10 @@ def desk(tmp_path_factory) -> Path:
     [quickstart] = re.findall(
         r"pretrain\.py (quickstart_digits --output_dir \S+)", (REPOSITORY / "Makefile").read_text()
     )
-    short = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "2"]
-    script = str(REPOSITORY / "training_scripts" / "pretrain.py")
-    printed = run([sys.executable, script, *quickstart.split(), *short], desk)
-    assert re.search(r"at step +0: +\d+\.\d %\n.*at step +2: .*\n.*at step +4: .*", printed)
+    short = ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "1"]
+    script = REPOSITORY / "training_scripts" / "pretrain.py"
+    printed = printed_by(forks.run(script, *quickstart.split(), *short, folder=desk))
+    assert re.search(r"at step +0: +\d+\.\d %\n.*at step +1: .*\n.*at step +2: .*", printed)
     return desk
 
 
@@ -77,23 +80,32 @@ def test_every_program_is_covered():
     assert programs == {"make", "pip", "accelerate", "python", "dinov3-hf"}
 
 
-def test_training_commands(desk):
+def test_training_commands(forks, desk):
+    """The launcher as it stands once: what it does is the same for every script. On two processes it takes longer, see
+    tests/scripts/test_engines.py."""
+    with_launcher = 0
     for command in COMMANDS:
         if command.startswith(("accelerate", "python")):
             # The Hub is out of reach; the quickstart's teacher is a model like any other.
             command = command.replace("facebook/dinov3-vits16-pretrain-lvd1689m", "runs/quickstart/teacher")
-            shorter = ["--max_steps", "4", "--save_steps", "2"] if "--help" not in command else []
-            run([*shlex.split(command), *shorter], desk)
+            shorter = SHORTER if "--help" not in command else []
+            launcher, script, arguments = re.fullmatch(r"(.*?)(\S+\.py) (.*)", command).groups()
+            if launcher == "accelerate launch " and not with_launcher:
+                with_launcher += 1
+                run([*shlex.split(command), *shorter], desk)
+            else:
+                printed_by(forks.run(script, *shlex.split(arguments), *shorter, folder=desk))
+    assert with_launcher == 1
     for name in ("photos", "photos_gram", "photos_highres", "mine"):
         assert (desk / "runs" / name / "teacher" / "model.safetensors").is_file(), name
 
 
-def test_commands_on_the_model(desk):
-    with running_hub() as hub:
-        online = environment(hub, desk / "home") | TOKEN | {"PATH": ENVIRONMENT["PATH"]}
+def test_commands_on_the_model(desk, tmp_path):
+    with running_hub() as hub, running_client(hub, tmp_path) as client:
         for command in COMMANDS:
             if command.startswith("dinov3-hf"):
-                run(shlex.split(command), desk, **online)
+                words = ["-m", "dinov3_hf", *shlex.split(command)[1:]]
+                printed_by(client.forks.run(*words, folder=desk, environment=TOKEN))
         assert "model.safetensors" in hub.repositories["me/vits16"].files()
     before, back = (torch.load(desk / name) for name in ("dinov3_vits16_pretrain.pth", "back.pth"))
     assert before.keys() == back.keys() and all(torch.equal(before[name], back[name]) for name in before)

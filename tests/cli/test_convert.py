@@ -1,9 +1,8 @@
 """`dinov3-hf convert`: the account that it prints, how it ends, and that it leaves nothing half done."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,13 +13,14 @@ from dinov3_hf.errors import ArgumentError
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from tests.convert.files import assert_same_bits, heads, native_weights, prefixed, read_native, tiny_native
 from tests.models.dinov3_vit.tiny import tiny_model
-from tests.testing_utils import FIXTURES, run_cli, run_in_process
+from tests.testing_utils import FIXTURES, run_in_process
 
 
-def test_there_and_back_as_a_user_does_it(tmp_path):
+def test_there_and_back_as_a_user_does_it(forks, tmp_path):
     native = native_weights(FIXTURES / "a_vit" / "mlp_kbias_storage4")
     torch.save(native, tmp_path / "native.pth")
-    done = run_cli("convert", tmp_path / "native.pth", tmp_path / "hub", "--to", "hf", "--max_shard_size", "100KB")
+    convert = ("-m", "dinov3_hf", "convert")
+    done = forks.run(*convert, tmp_path / "native.pth", tmp_path / "hub", "--to", "hf", "--max_shard_size", "100KB")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == (
@@ -32,7 +32,7 @@ def test_there_and_back_as_a_user_does_it(tmp_path):
     assert len(list((tmp_path / "hub").glob("model-*.safetensors"))) > 4
     DINOv3ViTModel.from_pretrained(tmp_path / "hub")
 
-    done = run_cli("convert", tmp_path / "hub", tmp_path / "back.pth", "--to", "native", "--json")
+    done = forks.run(*convert, tmp_path / "hub", tmp_path / "back.pth", "--to", "native", "--json")
     assert done.returncode == 0, done.stderr
     account = json.loads(done.stdout)
     assert account["derived"].keys() == {"rope_embed.periods", *(f"blocks.{i}.attn.qkv.bias_mask" for i in range(3))}
@@ -114,15 +114,17 @@ def large_file(tmp_path_factory):
     ("number", "status", "to", "name"),
     [(signal.SIGINT, 130, "hf", "hub"), (signal.SIGTERM, 143, "native", "back.pth")],
 )
-def test_interrupted_it_leaves_nothing(number, status, to, name, large_file, tmp_path):
-    command = [sys.executable, "-m", "dinov3_hf", "convert", large_file, tmp_path / "made" / name, "--to", to]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not any(path.is_file() for path in tmp_path.rglob("*")) and process.poll() is None:
+def test_interrupted_it_leaves_nothing(forks, number, status, to, name, large_file, tmp_path, tmp_path_factory):
+    said = tmp_path_factory.mktemp("said") / "log"
+    command = ("-m", "dinov3_hf", "convert", large_file, tmp_path / "made" / name, "--to", to)
+    pid = forks.start(*command, out=said, err=said)
+    deadline = time.monotonic() + 60
+    while not any(path.is_file() for path in tmp_path.rglob("*")):
+        assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(number)
-    printed, error = process.communicate(timeout=60)
-    assert (process.returncode, printed) == (status, "")
-    assert error == ("interrupted\n" if number == signal.SIGINT else "terminated\n")
+    os.kill(pid, number)
+    assert forks.wait(pid) == status, said.read_text()
+    assert said.read_text() == ("interrupted\n" if number == signal.SIGINT else "terminated\n")
     assert list(tmp_path.iterdir()) == []
 
 

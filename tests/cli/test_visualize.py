@@ -6,7 +6,7 @@ from PIL import Image
 
 from dinov3_hf.cli.pictures import patch_features, read_pictures
 from dinov3_hf.evals.features import load_model
-from tests.testing_utils import require_package, run_cli, run_in_process, save_labelled_images, save_tiny_vit
+from tests.testing_utils import require_package, run_in_process, save_labelled_images, save_tiny_vit
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def photo(tmp_path):
 
 
 @require_package("sklearn")
-def test_in_a_process_of_its_own(model, tmp_path):
+def test_in_a_process_of_its_own(forks, model, tmp_path):
     output = tmp_path / "new" / "folder" / "pca.png"
-    done = run_cli("visualize", "pca", model, "digits", "-o", output, "--num_images", "10")
+    done = forks.run("-m", "dinov3_hf", "visualize", "pca", model, "digits", "-o", output, "--num_images", "10")
     assert (done.returncode, done.stderr) == (0, "")  # no progress bar where there is no terminal
     with Image.open(output) as picture:
         assert done.stdout == f"{output} ({picture.width} x {picture.height} pixels)\n"

@@ -23,7 +23,7 @@ from dinov3_hf.convert.random_weights import random_checkpoint
 from dinov3_hf.convert.writing import write_checkpoint
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from tests.convert.files import tiny_native
-from tests.testing_utils import REPOSITORY, require_package, run_python
+from tests.testing_utils import REPOSITORY, require_package
 
 SCRIPT = REPOSITORY / "conversion" / "check_parity.py"
 
@@ -70,12 +70,12 @@ def read_json(out: str):
 
 
 @require_package("timm")
-def test_the_command_of_the_docstring(native):
+def test_the_command_of_the_docstring(forks, native):
     (command,) = [line for line in SCRIPT.read_text().splitlines() if line.endswith("dinov3_vits16.pth")]
     program, *arguments = shlex.split(command)
     assert program == "python"
     arguments = [str(native) if argument == "dinov3_vits16.pth" else argument for argument in arguments]
-    result = run_python(str(REPOSITORY / arguments[0]), *arguments[1:])
+    result = forks.run(REPOSITORY / arguments[0], *arguments[1:])
     assert result.returncode == 0, result.stderr
     verdicts = re.findall(r"^PASS \[\d\] (\w+)", result.stdout, re.MULTILINE)
     assert verdicts == ["transformers", "dinov3_hf", "timm"]

@@ -219,7 +219,7 @@ def test_half_a_norm_of_local_crops_is_made_whole(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["installed", pytest.param("oldest", marks=pytest.mark.slow)])
-def test_folders_of_stock_transformers(where, tmp_path):
+def test_folders_of_stock_transformers(forks, where, tmp_path):
     floor = REPOSITORY / "build" / "floor"
     if where == "oldest" and not (floor / "installed").exists():
         pytest.skip("needs the oldest transformers; make build/floor/installed")
@@ -234,7 +234,10 @@ def test_folders_of_stock_transformers(where, tmp_path):
         "t.DINOv3ConvNextBackbone(convnext).save_pretrained(sys.argv[1] + '/convnext_backbone')\n"
         "print(t.__version__)"
     )
-    done = run_python("-c", script, tmp_path, **({"PYTHONPATH": str(floor)} if where == "oldest" else {}))
+    if where == "oldest":
+        done = run_python("-c", script, tmp_path, PYTHONPATH=str(floor))
+    else:
+        done = forks.run("-c", script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1].startswith("5.8." if where == "oldest" else transformers.__version__)
     for name in ("vit", "vit_backbone", "convnext"):

@@ -10,7 +10,6 @@ from dinov3_hf.convert.lazy_tensor import LazyTensor
 from dinov3_hf.convert.safetensors_file import write_safetensors
 from dinov3_hf.convert.staging import writing
 from tests.convert.files import converted, tiny_native
-from tests.testing_utils import run_python
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -92,19 +91,11 @@ def test_a_disk_that_fills_up_meanwhile(small_disk):
     assert list(small_disk.iterdir()) == []
 
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from dinov3_hf.cli.main import main
-sys.argv[0] = "dinov3-hf"
-main()
-"""
-
-
 @pytest.mark.parametrize(("to", "name"), [("hf", "hub"), ("native", "back.pth")])
-def test_a_disk_that_takes_no_more(to, name, tmp_path):
+def test_a_disk_that_takes_no_more(forks, to, name, tmp_path):
     torch.save(tiny_native(), tmp_path / "native.pth")
-    done = run_python("-c", LIMITED, "convert", tmp_path / "native.pth", tmp_path / name, "--to", to)
+    words = ("convert", tmp_path / "native.pth", tmp_path / name, "--to", to)
+    done = forks.run("-m", "dinov3_hf", *words, file_size=20_000)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {tmp_path}/{name} could not be written (File too large); nothing is left of it.\n"
     assert {path.name for path in tmp_path.iterdir()} == {"native.pth"}

@@ -20,7 +20,7 @@ def command_of(script):
     return [str(script), *arguments]
 
 
-def test_the_documented_commands_go_there_and_back(tmp_path, monkeypatch):
+def test_the_documented_commands_go_there_and_back(forks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there, back = command_of(TO_HF), command_of(TO_NATIVE)
     assert there[2] == back[1]  # the second takes what the first makes
@@ -29,16 +29,15 @@ def test_the_documented_commands_go_there_and_back(tmp_path, monkeypatch):
     done = run_python(*there)
     assert done.returncode == 0, done.stderr
     assert "dropped 3 x blocks.*.attn.qkv.bias_mask" in done.stdout
-    done = run_python(*back, "--json")
+    done = forks.run(*back, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert '"format": "hf"' in done.stdout
     assert_same_bits(read_native(tmp_path / back[2]), native)
 
 
 @pytest.mark.parametrize("script", [TO_HF, TO_NATIVE], ids=lambda script: script.stem)
-def test_errors_are_one_line(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = run_python(script, "absent.pth", "new.pth")
+def test_errors_are_one_line(forks, script, tmp_path):
+    done = forks.run(script, "absent.pth", "new.pth", folder=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("error: absent.pth does not exist; give a file or a folder")
     assert "Traceback" not in done.stderr

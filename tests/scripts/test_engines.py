@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dinov3_hf.training.checkpoints import checkpoints, problem
+from tests.forks import ENVIRONMENT
 from tests.scripts.runs import Ranks, Runner
 from tests.scripts.test_crashes import RECIPE
-from tests.testing_utils import require_package
+from tests.testing_utils import REPOSITORY, require_package
 
 # `make test-engines` and CI run them.
 pytestmark = [pytest.mark.slow, require_package("deepspeed")]
@@ -138,3 +143,14 @@ def test_bf16_stays_near_one_process(runner, tmp_path, engine):
     alone = train(runner, tmp_path / "one", 1, *options)
     run = train(runner, tmp_path / "two", 2, *options, "--engine", engine)
     assert_same_losses(run, alone, 6, rel=2e-2)
+
+
+def test_the_command_of_the_readme(tmp_path):
+    """With its launcher: the only one there for several processes."""
+    readme = (REPOSITORY / "README.md").read_text()
+    [command] = re.findall(r"^accelerate (launch --config_file .*)$", readme, re.MULTILINE)
+    accelerate = Path(sys.executable).with_name("accelerate")
+    words = [str(accelerate), *shlex.split(command), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "run" / "checkpoint-2" / "state").glob("rank-*-of-00002.safetensors"))) == 2
