@@ -7,9 +7,10 @@ A dot reaches into a nested field: `--backbone.drop_path_rate 0.1`, `--lr_schedu
 import copy
 import dataclasses
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.field_types import describe, fit_to_annotation
@@ -141,7 +142,7 @@ def _fit_override(override: Override, annotation: Any) -> Any:
     try:
         value = override.value
     except ArgumentError:
-        if annotation is not str and str not in get_args(annotation):
+        if annotation is not str and not (_is_union(annotation) and str in get_args(annotation)):
             raise
         value = override.text  # `*.parquet` is no YAML, and need not be where text is meant
     return _fit(override.option, value, annotation, override.text)
@@ -178,3 +179,7 @@ def _with_entry(override: Override, base: Any, inner: list[str]) -> Any:
 
 def _is_schedule_entry(inner: list[str]) -> bool:
     return len(inner) == 1 and inner[0] in {field.name for field in dataclasses.fields(Schedule)}
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (types.UnionType, Union)

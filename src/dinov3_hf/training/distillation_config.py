@@ -2,20 +2,24 @@
 
 import copy
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_type_hints
 
 from dinov3_hf.data.crop_sizes import CropSizes
+from dinov3_hf.data.multicrop import check_crop_size
 from dinov3_hf.errors import ArgumentError, did_you_mean
 from dinov3_hf.field_types import fit_mapping
 from dinov3_hf.training.batch_arithmetic import micro_batch_size
 from dinov3_hf.training.distillation_teacher import read_teacher
-from dinov3_hf.training.recipe_config import changes_the_result, efficiency, orchestration, plain
+from dinov3_hf.training.recipe_config import changes_the_result, efficiency, orchestration, plain, with_peak
 from dinov3_hf.training.schedules import Schedule
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.student_config import StudentConfig
+from dinov3_hf.yaml_text import dump_yaml
 
 AUTO = "auto"
 # What a student's block may say; all else is the run's.
@@ -88,6 +92,7 @@ class DistillationConfig(StudentConfig):
     UNUSED_FIELDS: ClassVar[dict[str, str]] = {
         **StudentConfig.UNUSED_FIELDS,
         "start_from": "students start one by one: set students.NAME.start_from",
+        "num_ranks": "set student_ranks: {NAME: 1, ...}",
     }
 
     def __post_init__(self) -> None:
@@ -100,13 +105,16 @@ class DistillationConfig(StudentConfig):
     def _check_networks(self) -> None:
         self._check_names()
         self._choose_objective()
+        self._check_scale()
         self._choose_patch_size()
         self.description.check_crop(self.global_crop_size)
-        self._check_scale()
-        self.split: dict[str, int] | None = None  # ranks of each student; None where they take turns
-        self.student_args = {name: self._student(name, None) for name in self.students}
         self._check_grids()
         self._check_student_ranks()
+        self.split: dict[str, int] | None = None  # ranks of each student; None where they take turns
+        if isinstance(self.student_ranks, Mapping):
+            self.split_ranks(self.student_ranks)
+        else:  # with auto they are measured in turn
+            self.student_args = {name: self._student(name, None) for name in self.students}
         if self.launched.engine in ("zero2", "zero3") and (len(self.students) > 1 or self.student_ranks is not None):
             raise ArgumentError(
                 f"engine {self.launched.engine} trains one network, but there are {len(self.students)} students; set "
@@ -119,7 +127,12 @@ class DistillationConfig(StudentConfig):
                 "there are no students; name at least one, such as students: {vits16: {backbone: {preset: vits16}}}."
             )
         for name, block in self.students.items():
-            if not _NAME.fullmatch(name) or name in _TAKEN or name.startswith("checkpoint-"):
+            if (
+                not isinstance(name, str)
+                or not _NAME.fullmatch(name)
+                or name in _TAKEN
+                or name.startswith("checkpoint-")
+            ):
                 raise ArgumentError(
                     f"student {name!r} cannot be called so, it is the name of a folder; use letters, digits, '_' and "
                     f"'-', and none of {', '.join(_TAKEN)}, checkpoint-N."
@@ -149,7 +162,11 @@ class DistillationConfig(StudentConfig):
     def _choose_patch_size(self) -> None:
         from dinov3_hf.models.dinov3_pretraining.backbones import WITHOUT_MASK_TOKEN, patch_side
 
-        backbones = {name: self.backbone_of(self._fields_of(name)) for name in self.students}
+        backbones = {}
+        for name in self.students:
+            fields = self._fields_of(name)
+            with _named(name):
+                backbones[name] = self.backbone_of(fields)
         sides = {
             name: patch_side(backbone)
             for name, backbone in backbones.items()
@@ -170,11 +187,13 @@ class DistillationConfig(StudentConfig):
                 f"patch_size is {self.patch_size}, but the patches of student {next(iter(sides))} have {chosen} "
                 "pixels; leave patch_size out."
             )
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size {self.patch_size} is no number of pixels; use 1 or more, or null.")
 
     def _check_scale(self) -> None:
         scale = self.teacher_to_student_scale
-        if scale <= 0:
-            raise ValueError(f"teacher_to_student_scale {scale:g} is not positive; use 1 for equal crops.")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"teacher_to_student_scale {scale:g} is no factor above 0; use 1 for equal crops.")
         for name in ("global_crop_size", "local_crop_size"):
             size = self.__dict__[name]
             if not (size / scale).is_integer():
@@ -186,6 +205,9 @@ class DistillationConfig(StudentConfig):
     def _check_grids(self) -> None:
         theirs, ours = self.description.patch_size, self.patch_size
         assert ours is not None
+        check_crop_size(
+            "the students' global_crop_size", int(self.global_crop_size / self.teacher_to_student_scale), ours
+        )
         if theirs is None or theirs == ours:
             return  # a feature map goes to any grid; equal patches differ in resolution at most
         if self.global_crop_size // theirs != self.mask_grid(self.crop_size_mix().sizes[0]):
@@ -205,15 +227,14 @@ class DistillationConfig(StudentConfig):
             if ranks.keys() != self.students.keys():
                 named = ", ".join(f"{name}: 1" for name in self.students)
                 raise ArgumentError(f"student_ranks must name each student once: {{{named}}}.")
-            if any(not isinstance(count, int) or count < 1 for count in ranks.values()):
-                raise ArgumentError(f"student_ranks {ranks} has a number below 1; each student needs a rank.")
+            for name, count in ranks.items():
+                if type(count) is not int or count < 1:  # true is no number
+                    raise ArgumentError(f"student_ranks.{name} is {count!r}; expected an integer of 1 or more.")
         if self.world_size < len(self.students):
             raise ValueError(
-                f"{len(self.students)} students cannot be spread over {self.world_size} ranks; start at least "
-                f"{len(self.students)} processes, or set student_ranks: null to train them in turn."
+                f"{len(self.students)} students need as many ranks or more, but this run has {self.world_size}; start "
+                f"at least {len(self.students)} processes, or set student_ranks: null to train them in turn."
             )
-        if not isinstance(ranks, str):
-            self.split_ranks(ranks)
 
     def split_ranks(self, ranks: Mapping[str, int]) -> None:
         """
@@ -224,8 +245,8 @@ class DistillationConfig(StudentConfig):
         """
         if sum(ranks.values()) != self.world_size:
             raise ValueError(
-                f"student_ranks {dict(ranks)} are {sum(ranks.values())} ranks, but {self.world_size} have been "
-                "started; change one, or set student_ranks: auto."
+                f"student_ranks {dump_yaml(dict(ranks), inline=True)} are {sum(ranks.values())} ranks, but "
+                f"{self.world_size} have been started; change one, or set student_ranks: auto."
             )
         self.split = {name: ranks[name] for name in self.students}
         self.student_args = {name: self._student(name, count) for name, count in self.split.items()}
@@ -237,16 +258,14 @@ class DistillationConfig(StudentConfig):
         return wanted or 1
 
     def _student(self, name: str, num_ranks: int | None) -> StudentConfig:
-        fields = self._fields_of(name)
         wanted = self._given["per_device_train_batch_size"]
-        try:
+        with _named(name):
             if num_ranks is None:
                 size = self.per_device_train_batch_size
             else:
                 size = micro_batch_size(self.global_batch_size, num_ranks, wanted)
-            return StudentConfig(**{**fields, "num_ranks": num_ranks, "per_device_train_batch_size": size})
-        except ValueError as error:
-            raise type(error)(f"student {name}: {error}") from error
+            fields = {**self._fields_of(name), "num_ranks": num_ranks, "per_device_train_batch_size": size}
+            return StudentConfig(**fields)
 
     def _fields_of(self, name: str) -> dict[str, Any]:
         block = self._block(name)
@@ -291,7 +310,11 @@ class DistillationConfig(StudentConfig):
         students = {}
         for name, block in (recipe.get("students") or {}).items():
             own = {**recipe, **(block or {})}
-            students[name] = {key: value for key, value in SSLConfig.result_fields(own).items() if key in OF_A_STUDENT}
+            values = SSLConfig.result_fields(own)
+            if own.get("learning_rate") is not None:  # of the block: the run's has gone into its lr_schedule
+                schedule = Schedule.parse(values["lr_schedule"], "lr_schedule")
+                values["lr_schedule"] = plain(with_peak(schedule, own["learning_rate"]))
+            students[name] = {key: value for key, value in values.items() if key in OF_A_STUDENT}
             students[name].pop("start_from")  # what it gave is in every checkpoint
             students[name] |= {
                 f.name: plain(own.get(f.name, f.default))
@@ -300,3 +323,13 @@ class DistillationConfig(StudentConfig):
             }
         shared = {key: value for key, value in SSLConfig.result_fields(recipe).items() if key not in OF_A_STUDENT}
         return {**shared, **values, "students": students}
+
+
+@contextmanager
+def _named(student: str) -> Iterator[None]:
+    """Lets errors begin with the name of the student."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = next(kind for kind in (ArgumentError, ValueError, FileNotFoundError) if isinstance(error, kind))
+        raise kind(f"student {student}: {error}") from error

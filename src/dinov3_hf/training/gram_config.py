@@ -97,7 +97,7 @@ class GramConfig(RecipeConfig):
         self._check_gram_steps()
         weight = self.gram_weight_schedule
         if min(weight.start, weight.peak, weight.end) < 0:
-            raise ValueError(f"gram_weight_schedule {weight} is negative; use weights of 0 or more.")
+            raise ValueError(f"gram_weight_schedule {weight.to_plain()} is negative; use weights of 0 or more.")
         self.check_gram_batch(self.train_batch_size)
 
     def check_gram_batch(self, micro_batch: int) -> None:

@@ -364,7 +364,7 @@ class RecipeConfig(TrainingArguments):
             schedule.check(self.max_steps, name)
             setattr(self, name, schedule)
         if self.learning_rate is not None:
-            self.lr_schedule = _with_peak(self.lr_schedule, self.learning_rate)
+            self.lr_schedule = with_peak(self.lr_schedule, self.learning_rate)
         self.learning_rate = self.lr_schedule.peak
 
     def _choose_arithmetic(self) -> None:
@@ -468,7 +468,7 @@ class RecipeConfig(TrainingArguments):
         return {**inherited, **{name: self.__dict__[name].to_plain() for name in self.schedule_names()}}
 
 
-def _with_peak(schedule: Schedule, peak: float) -> Schedule:
+def with_peak(schedule: Schedule, peak: float) -> Schedule:
     """The shorthand `learning_rate`: moves the peak, and whatever else is at the peak's value."""
     if peak == schedule.peak:
         return schedule

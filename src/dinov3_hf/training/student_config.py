@@ -7,6 +7,7 @@ from dinov3_hf.data.crop_sizes import CropSizes
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.models.same_network import network_differences
 from dinov3_hf.training.distillation_teacher import read_teacher
+from dinov3_hf.training.model_source import locate_model
 from dinov3_hf.training.recipe_config import UNUSED_FIELDS, changes_the_result
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_networks import network_config
@@ -117,7 +118,7 @@ class StudentConfig(SSLConfig):
     def _check_start(self) -> None:
         if self.start_from is None:
             return
-        there = network_config(read_teacher(self.start_from).source)
+        there = network_config(read_teacher(locate_model(self.start_from, "start_from")).source)
         differences = network_differences(self.backbone_config(), there)
         listed = ", ".join(f"{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in differences)
         if listed:
@@ -132,6 +133,11 @@ class StudentConfig(SSLConfig):
         for head, entries in given.items():
             setattr(self, head, {**teachers.get(head, {}), **entries})
         super()._complete_heads()
+        if teachers and self.ibot_weight > 0 and "ibot_head" not in teachers:
+            raise ValueError(
+                f"ibot_weight is {self.ibot_weight:g}, but teacher {self.teacher} has no iBOT head, whose assignments "
+                "would be predicted; set ibot_weight: 0."
+            )
         for head, theirs in teachers.items():
             wanted = self.__dict__[head]["num_prototypes"]
             if wanted != theirs["num_prototypes"]:
