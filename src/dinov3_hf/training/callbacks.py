@@ -172,6 +172,8 @@ class StudentsProgressCallback(TrainingProgressCallback):
             if "loss" in own:
                 lines.append(f"step {step:>7,}  {name}  {_terms(own)}  lr {own['schedule/lr']:.2e}{rate}")
                 rate = ""
+            elif "guard/stopped_at" in own:
+                lines.append(f"step {step:>7,}  {name}  stopped at step {own['guard/stopped_at']:,}")
         return lines
 
 

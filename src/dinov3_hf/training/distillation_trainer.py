@@ -42,7 +42,7 @@ from dinov3_hf.training.evaluation import DenseHealthCallback, Evaluator, KnnCal
 from dinov3_hf.training.rank_groups import RankGroups
 from dinov3_hf.training.run_card import write_run_card
 from dinov3_hf.training.run_trainer import Batch, EvaluationImages, RunTrainer
-from dinov3_hf.training.student import Student, new_student
+from dinov3_hf.training.student import Student, new_student, step_of_stopped
 from dinov3_hf.training.student_times import measure_students
 from dinov3_hf.training.teacher_folder import save_teacher_folder
 from dinov3_hf.training.whole_network import network_of_pieces
@@ -355,7 +355,8 @@ class DistillationTrainer(RunTrainer):
         args = self.args.student_args[name]
         network = network_of_pieces(reader.of(name), "ema", lambda: new_student(args).ema)
         save_teacher_folder(network, args, folder)
-        write_run_card(folder, args, self.stopped.get(name, step), of_student(name, log_history))
+        taken = step_of_stopped(self.stopped[name]) if name in self.stopped else step
+        write_run_card(folder, args, taken, of_student(name, log_history))
 
 
 def of_student(name: str, log_history: list[dict[str, float]]) -> list[dict[str, float]]:

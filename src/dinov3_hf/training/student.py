@@ -204,9 +204,9 @@ class Student:
                 passes, self.stopped_at = False, step
                 if self.speaks:
                     logger.warning(
-                        "step %d: student %s is stopped, %s; it stays as it was two steps ago, the others go on. "
+                        "step %d: student %s is stopped, %s; it stays as it was after step %d, the others go on. "
                         "Distil it again with a lower learning_rate.",
-                        *(step, self.name, error.reason),
+                        *(step, self.name, error.reason, step_of_stopped(step)),
                     )
             if passes:
                 self._means.add(values)
@@ -231,12 +231,16 @@ class Student:
                 )
 
     def pop_log(self, step: int) -> dict[str, float]:
-        """The means over the steps since the last call, and the schedules of step `step`, from 0."""
+        """
+        The means over the steps since the last call, and the schedules of step `step`, from 0; of a student that has
+        been stopped, when that was.
+        """
         values = self.schedules.at(step)
         return {
             **self._means.pop(),
             **{f"schedule/{name}": value for name, value in values.items()},
             "guard/skipped_steps": self.guard.num_skipped,
+            **({} if self.stopped_at is None else {"guard/stopped_at": self.stopped_at}),
         }
 
     def whole_ema(self) -> nn.Module:
@@ -253,6 +257,11 @@ class Student:
         """Put what `pieces` has saved into this process' shards."""
         with self.in_group():
             self.engine.load(self.model, self.adamw, reader.of(self.name))
+
+
+def step_of_stopped(stopped_at: int) -> int:
+    """The last step, from 1, that a student took which was stopped in step `stopped_at`."""
+    return stopped_at - NonFiniteGuard.max_in_a_row
 
 
 def new_student(args: StudentConfig) -> DINOv3ForDistillation:
