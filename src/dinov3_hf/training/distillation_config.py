@@ -302,7 +302,7 @@ class DistillationConfig(StudentConfig):
 
     @classmethod
     def result_fields(cls, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        values = {
+        of_the_run = {
             f.name: plain(recipe.get(f.name, f.default))
             for f in dataclasses.fields(cls)
             if f.name in ("teacher", "objective", "patch_size", "teacher_to_student_scale")
@@ -322,7 +322,7 @@ class DistillationConfig(StudentConfig):
                 if f.name in ("cls_weight", "patch_weight", "feature_loss")
             }
         shared = {key: value for key, value in SSLConfig.result_fields(recipe).items() if key not in OF_A_STUDENT}
-        return {**shared, **values, "students": students}
+        return {**shared, **of_the_run, "students": students}
 
 
 @contextmanager

@@ -437,6 +437,8 @@ class RecipeConfig(TrainingArguments):
         for f in dataclasses.fields(self):
             if not f.init or f.name in ("learning_rate", "resume_from_checkpoint") or f.name.endswith("_token"):
                 continue
+            if f.name in self.UNUSED_FIELDS:  # a recipe that has them is refused, whatever their value
+                continue
             value = plain(self.__dict__[f.name] if f.type is Schedule else self._given[f.name])
             default = f.default_factory() if callable(f.default_factory) else f.default
             if "group" in f.metadata or value != plain(default):
