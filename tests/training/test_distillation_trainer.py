@@ -233,6 +233,27 @@ def test_goes_on_bitwise(tmp_path, teacher, whole):
         assert log_of(name, resumed) == log_of(name, together)[:8]
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teacher": "headless", "objective": "features"}, "teacher is .*teacher' there and .*headless' here"),
+        (
+            {"students": {**STUDENTS, "gated": {**STUDENTS["gated"], "lr_schedule": 3e-3}}},
+            "students.gated.lr_schedule",
+        ),
+        ({"students": {name: STUDENTS[name] for name in ("vit", "gated")}}, "students.convnext"),
+        ({"teacher_temperature_schedule": 0.05}, "teacher_temperature_schedule is 0.07 there and 0.05 here"),
+    ],
+)
+def test_only_the_same_recipe_goes_on(tmp_path, teacher, headless, whole, change, named):
+    *_, folder = whole
+    source = headless if change.get("teacher") else teacher
+    fields = {name: value for name, value in change.items() if name != "teacher"}
+    trainer = make_trainer(tmp_path, source, **fields)
+    with pytest.raises(ValueError, match=named):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+
+
 # ---- a student that goes wrong --------------------------------------------------------------------------------------
 
 
