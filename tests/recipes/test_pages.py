@@ -6,8 +6,10 @@ from dinov3_hf.errors import ArgumentError
 from dinov3_hf.recipes.pages import read_recipe, recipe_names, recipe_summaries
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.continued_config import ContinuedConfig
+from dinov3_hf.training.distillation_config import DistillationConfig
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import dump_yaml, parse_yaml
+from tests.recipes.distilled import DISTILLED, parse_distilled
 from tests.testing_utils import save_tiny_vit
 
 
@@ -136,7 +138,21 @@ def test_continued_pretraining_parses(tmp_path):
     assert parse_arguments(ContinuedConfig, [str(tmp_path / "again.yaml")]) == config
 
 
-@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"continue_pretraining"}))
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation_parses(name, tmp_path):
+    config = parse_distilled(name, tmp_path / "teacher", "--output_dir", str(tmp_path))
+    assert config.objective == "prototypes"
+    for student in config.student_args.values():
+        backbone = student.pretraining_config().backbone_config
+        assert backbone.model_type in ("dinov3_vit", "dinov3_convnext")  # opens in stock transformers
+        assert (
+            max(student.schedules().at(step)["lr"] for step in (0, config.max_steps // 10, config.max_steps - 1)) > 0
+        )
+    config.save_yaml(tmp_path / "again.yaml")
+    assert parse_arguments(DistillationConfig, [str(tmp_path / "again.yaml")]) == config
+
+
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"continue_pretraining", *DISTILLED}))
 def test_every_recipe_parses(name, tmp_path):
     config = parse_arguments(SSLConfig, [name, "--output_dir", str(tmp_path)])
     backbone = config.pretraining_config().backbone_config

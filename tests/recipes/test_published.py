@@ -7,6 +7,7 @@ out must be the published number by default.
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinov3_hf.recipes.pages import read_recipe, recipe_names
 from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import parse_yaml
+from tests.recipes.distilled import DISTILLED, parse_distilled
 from tests.testing_utils import FIXTURES
 
 # Half of the global crops are masked, crops, colours and the optimizer's epsilon are the same in all published runs.
@@ -190,6 +192,73 @@ VIT7B16_HIGH_RES = VIT7B16_GRAM_ANCHOR | {
         {"global": 768, "local": 336, "gram": 1152, "probability": 0.05},
     ],
 }
+VITL16_DISTILLED = SHARED | {
+    "objective": "prototypes",
+    "gram_teacher": None,
+    "teacher_to_student_scale": 1.0,
+    "backbone.hidden_size": 1024,
+    "backbone.num_hidden_layers": 24,
+    "backbone.num_attention_heads": 16,
+    "backbone.intermediate_size": 4096,
+    "backbone.use_gated_mlp": False,
+    "backbone.num_register_tokens": 4,
+    "backbone.layer_norm_eps": 1e-5,
+    "backbone.key_bias": False,
+    "backbone.untie_global_and_local_cls_norm": False,
+    "backbone.pos_embed_rescale": 2.0,
+    "backbone.drop_path_rate": 0.0,
+    "koleo_group_size": 16,
+    "global_crop_size": 256,
+    "local_crop_size": 112,
+    "horizontal_flip": False,
+    "global_batch_size": 1920,
+    "max_steps": 20 * 1250,
+    "lr_schedule.start": 0.0,
+    "lr_schedule.peak": 0.0,
+    "lr_schedule.end": 5e-5,
+    "lr_schedule.warmup_steps": 0,
+    "lr_schedule.cosine_steps": 10 * 1250,
+    "freeze_last_layer_steps": 0,
+    "layerwise_lr_decay": 0.99,
+    "weight_decay_schedule.peak": 0.04,
+    "weight_decay_schedule.end": 0.04,
+    "teacher_momentum_schedule.start": 0.994,
+    "teacher_momentum_schedule.peak": 0.994,
+    "teacher_momentum_schedule.end": 1.0,
+    "teacher_temperature_schedule.start": 0.07,
+    "teacher_temperature_schedule.warmup_steps": 0,
+    "max_grad_norm": 3.0,
+    "adam_beta2": 0.999,
+}
+# Crops are what the student sees, at half the size of the teacher's.
+CONVNEXT_DISTILLED = {name: value for name, value in VITL16_DISTILLED.items() if not name.startswith("backbone.")} | {
+    "backbone.layer_scale_init_value": 1e-6,
+    "backbone.drop_path_rate": 0.0,
+    "global_crop_size": 512 // 2,
+    "local_crop_size": 224 // 2,
+    "horizontal_flip": True,
+    "max_steps": 500 * 1250,
+    "lr_schedule.start": 1e-6,
+    "lr_schedule.peak": 2e-4,
+    "lr_schedule.end": 1e-6,
+    "lr_schedule.warmup_steps": 80 * 1250,
+    "lr_schedule.cosine_steps": None,
+    "freeze_last_layer_steps": 1250,
+    "layerwise_lr_decay": 1.0,
+    "weight_decay_schedule.start": 0.04,
+    "weight_decay_schedule.peak": 0.04,
+    "weight_decay_schedule.end": 0.2,
+    "teacher_temperature_schedule.start": 0.04,
+    "teacher_temperature_schedule.warmup_steps": 120 * 1250,
+}
+OF_THE_RUN = {"teacher_to_student_scale"}
+STUDENTS = {
+    "convnext_tiny": CONVNEXT_DISTILLED,
+    "convnext_small": CONVNEXT_DISTILLED,
+    "convnext_base": CONVNEXT_DISTILLED
+    | {"lr_schedule.peak": 1e-4, "weight_decay_schedule.start": 0.02, "weight_decay_schedule.peak": 0.02},
+    "convnext_large": CONVNEXT_DISTILLED | {"lr_schedule.peak": 1e-4},
+}
 SATELLITE = {"image_mean": [0.430, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
 
 # Recipe -> the published run that its comments speak of.
@@ -198,6 +267,7 @@ SOURCES = dict.fromkeys(recipe_names(), VITL16_IM1K) | {
     "vit7b16_sat493m": VIT7B16_PRETRAIN | SATELLITE,
     "vit7b16_gram_anchor": VIT7B16_GRAM_ANCHOR,
     "vit7b16_high_res": VIT7B16_HIGH_RES,
+    **dict.fromkeys(DISTILLED, VITL16_DISTILLED),
 }
 # What differs from the published run by intent, beside the machine's settings.
 SMALLER_GROUPS = {"drop_path_group_size"}  # so that every machine has its choice of batch
@@ -248,7 +318,7 @@ def resolved(config: SSLConfig) -> dict[str, Any]:
     for name in config.schedule_names():
         schedule = config.__dict__[name]
         steps = schedule.warmup_steps
-        values |= {f"{name}.{part}": schedule.__dict__[part] for part in ("start", "peak", "end")}
+        values |= {f"{name}.{part}": schedule.__dict__[part] for part in ("start", "peak", "end", "cosine_steps")}
         values[f"{name}.warmup_steps"] = round(steps * config.max_steps) if 0 < steps < 1 else steps
     frozen = config.freeze_last_layer_steps
     values["freeze_last_layer_steps"] = round(frozen * config.max_steps) if 0 < frozen < 1 else frozen
@@ -260,6 +330,40 @@ def test_values_are_the_published_ones_but_for_the_departures(name):
     values = resolved(parse_arguments(SSLConfig, [name]))
     differing = {field for field, published in SOURCES[name].items() if values[field] != published}
     assert differing == DEPARTURES[name]
+
+
+def departures_of_students(name: str, folder: Path) -> dict[str, set[str]]:
+    """Student -> fields in which it differs from the published student of its family."""
+    config = parse_distilled(name, folder)
+    found = {}
+    for student, args in config.student_args.items():
+        values = resolved(args) | {field: config.__dict__[field] for field in OF_THE_RUN}
+        published = STUDENTS.get(student, VITL16_DISTILLED).items()
+        found[student] = {
+            field for field, value in published if not field.endswith("_head.num_layers") and values[field] != value
+        }
+    return found
+
+
+def test_a_distilled_vit_is_the_published_one(tmp_path):
+    assert departures_of_students("distill_vitl16", tmp_path) == {"vitl16": set()}
+
+
+def test_a_family_departs_where_it_says_so(tmp_path):
+    departures = departures_of_students("distill_family", tmp_path)
+    convnexts = [name for name in departures if name.startswith("convnext")]
+    assert convnexts == list(STUDENTS)
+    assert [departures[name] for name in convnexts] == [set()] * 4
+    as_convnexts = {
+        *("horizontal_flip", "max_steps", "teacher_temperature_schedule.start"),
+        "teacher_temperature_schedule.warmup_steps",
+        *(f"lr_schedule.{part}" for part in ("peak", "end", "warmup_steps", "cosine_steps")),
+    }
+    assert departures["vitl16"] == as_convnexts
+    sizes = {f"backbone.{field}" for field in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    for name in ("vits16", "vits16plus", "vitb16"):
+        smaller = {*sizes, "backbone.intermediate_size", "backbone.use_gated_mlp"}
+        assert departures[name] - smaller == as_convnexts
 
 
 def test_sizes_of_the_smaller_backbones():
@@ -274,7 +378,8 @@ def lines_with_comments(name: str) -> list[tuple[str, str, str]]:
     """(dotted field, its YAML, its comment) of every line under "changes the result"; an entry of a mapping without a
     comment of its own has the mapping's, and a field that of the lines above it."""
     found = []
-    section, above, parent, parents_comment = "", "", "", ""
+    section, above = "", ""
+    parents: list[tuple[int, str, str]] = []  # (indent, field, comment) of the mappings that a line is in
     for line in page(name).splitlines():
         if line.startswith("# --- "):
             section = line
@@ -282,12 +387,12 @@ def lines_with_comments(name: str) -> list[tuple[str, str, str]]:
             above += line
             continue
         elif match := re.match(r"( *)(\w+):([^#]*)(#.*)?$", line):
-            indent, field, value, comment = match[1], match[2], match[3].strip(), match[4] or ""
-            if not indent:
-                comment = comment or above
-                parent, parents_comment = field, comment
-            else:
-                field, comment = f"{parent}.{field}", comment or parents_comment
+            indent, field, value, comment = len(match[1]), match[2], match[3].strip(), match[4] or ""
+            parents = [parent for parent in parents if parent[0] < indent]
+            comment = comment or above
+            if parents:
+                field, comment = f"{parents[-1][1]}.{field}", comment or parents[-1][2]
+            parents.append((indent, field, comment))
             if "changes the result" in section and value:
                 found.append((field, value, comment.lstrip("# ")))
         above = ""
@@ -311,9 +416,14 @@ def test_what_is_marked_published_is_published(name):
         value = parse_yaml(value, field)
         for part, number in (value if isinstance(value, dict) else {"": value}).items():
             whole = f"{field}.{part}" if part else field
-            if not whole.endswith(".style"):  # the published values of every step are compared below
-                names = [whole] if whole in SOURCES[name] else [f"{whole}.peak", f"{whole}.end"]
-                assert [SOURCES[name][entry] for entry in names] == [number] * len(names), whole
+            source = SOURCES[name]
+            if whole.startswith("students."):
+                _, student, whole = whole.split(".", 2)
+                source = STUDENTS.get(student, source)
+            # The published values of every step, and those of a preset, are compared elsewhere here.
+            if not whole.endswith((".style", ".preset")):
+                names = [whole] if whole in source else [f"{whole}.peak", f"{whole}.end"]
+                assert [source[entry] for entry in names] == [number] * len(names), whole
                 checked += 1
     assert checked > 5
 

@@ -7,9 +7,12 @@ import runpy
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoModel
 
 from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from dinov3_hf.recipes.pages import read_recipe, recipe_names
+from dinov3_hf.yaml_text import dump_yaml
+from tests.recipes.distilled import DISTILLED, teacher_of
 from tests.testing_utils import REPOSITORY
 
 SIZES = {
@@ -49,6 +52,14 @@ STAGES = {
         "teacher_temperature_schedule.start": 0.04,
     },
 }
+LIKE_OTHERS = {"vits16plus", "vitb16", "vitl16", "convnext_small", "convnext_large"}  # once all are shrunk
+SMALL_CONVNEXT = "{model_type: dinov3_convnext, hidden_sizes: [8, 16, 24, 32], depths: [1, 1, 1, 1]}"
+# Of a distillation, beside its students: the heads are the teacher's.
+DISTILLATION = {
+    **{field: SIZES[field] for field in ("global_batch_size", "koleo_group_size")},
+    "max_steps": 2,
+    "num_local_crops": 2,
+}
 MACHINE = {"use_cpu": "true", "dataloader_num_workers": 0, "report_to": "none", "logging_steps": 1, "save_steps": 2}
 
 
@@ -61,7 +72,50 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"continue_pretraining"}))  # starts from a model
+@pytest.mark.parametrize("name", DISTILLED)
+def test_two_steps_of_distillation(name, photos, tmp_path):
+    main = runpy.run_path(str(REPOSITORY / "training_scripts" / "distill.py"))["main"]
+    recipe = read_recipe(name)
+    for student in LIKE_OTHERS & set(recipe["students"]) if name == "distill_family" else ():
+        del recipe["students"][student]
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+    teacher = teacher_of(name, tmp_path / "of")
+    changes = DISTILLATION | MACHINE | {"train_data": photos, "output_dir": tmp_path / "out", "teacher": teacher}
+    if name != "distill_small_cpu":
+        changes |= {"global_crop_size": 64, "local_crop_size": 32}
+    for student, block in recipe["students"].items():
+        if student.startswith("convnext"):
+            changes[f"students.{student}.backbone"] = SMALL_CONVNEXT
+        else:
+            sizes = {field: value for field, value in SIZES.items() if field.startswith("backbone.")}
+            changes |= {f"students.{student}.{field}": value for field, value in sizes.items()}
+        if "lr_schedule" in block:
+            changes |= {
+                f"students.{student}.{field}": 1 for field in ("lr_schedule.warmup_steps", "freeze_last_layer_steps")
+            }
+    durations = {"lr_schedule": ("warmup_steps", "cosine_steps"), "teacher_temperature_schedule": ("warmup_steps",)}
+    for schedule, parts in durations.items():
+        given = recipe[schedule] if isinstance(recipe[schedule], dict) else {}
+        changes |= {f"{schedule}.{part}": 1 for part in parts if part in given}
+    words = [word for field, value in changes.items() for word in (f"--{field}", str(value))]
+    main([str(tmp_path / "recipe.yaml"), *words])
+
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    for student in recipe["students"]:
+        terms = [logged[step][f"{student}/{term}"] for step in (0, 1) for term in ("loss/ibot", "grad_norm/backbone")]
+        assert all(math.isfinite(term) for term in terms)
+        assert logged[1][f"{student}/schedule/lr"] > 0
+        for folder in (tmp_path / "out" / student, tmp_path / "out" / "checkpoint-2" / student):
+            model = AutoModel.from_pretrained(folder)
+            assert model.config.model_type == ("dinov3_convnext" if student.startswith("convnext") else "dinov3_vit")
+            assert (folder / "heads.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*recipe_names()} - {"continue_pretraining", *DISTILLED})
+)  # start from a model
 def test_two_steps(name, photos, tmp_path):
     main = runpy.run_path(str(REPOSITORY / "training_scripts" / "pretrain.py"))["main"]
     of_stage = next((sizes for ending, sizes in STAGES.items() if name.endswith(ending)), {})
