@@ -6,9 +6,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dinov3_hf.hub.card_validation import check_model_card
-from dinov3_hf.training.run_card import card_datasets, card_results, card_sections, data_name
+from dinov3_hf.training.distillation_config import DistillationConfig
+from dinov3_hf.training.run_card import card_datasets, card_results, card_sections, data_name, write_run_card
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import parse_yaml
+from tests.training import test_distillation_trainer as distillation
 from tests.training.test_ssl_trainer import make_args, make_trainer
 
 
@@ -52,6 +54,52 @@ def test_a_card_does_not_tell_where_folders_lie(tmp_path):
     assert "| started from | a (state) |" in training
     recipe = parse_yaml(training.partition("```yaml\n")[2].partition("```")[0], "the card")
     assert (recipe["start_from"], recipe["gram_teacher"]) == ("a", "early")
+
+
+@pytest.mark.parametrize("objective", ["prototypes", "features"])
+def test_the_card_of_a_student(objective, tmp_path):
+    teacher = distillation.save_teacher(tmp_path / "runs" / "a" / "teacher")
+    start = tmp_path / "start"
+    distillation.save_tiny_vit(start, **distillation.VIT)
+    students = {**distillation.STUDENTS, "vit": {"backbone": distillation.VIT, "start_from": str(start)}}
+    args = distillation.make_args(tmp_path / "run", teacher, students=students, objective=objective)
+    log = [{"loss": 1.5, "loss/koleo": 0.25}, {"eval_knn_top1": 93.2}]
+    for name, student in args.student_args.items():
+        folder = tmp_path / name
+        distillation.save_tiny_vit(folder)
+        write_run_card(folder, student, 2, log)
+        text = (folder / "README.md").read_text()
+        check_model_card(text)
+        assert str(tmp_path) not in text
+        assert f"\n# {name}\n" in text
+        assert "\nDistilled without labels from the teacher of run a, with `dinov3_hf`.\n" in text
+        for row in (
+            "distilled from | the teacher of run a (ViT with 2 blocks of width 24 and patches of 4 px)",
+            f"predicts | {'the prototypes of its heads' if objective == 'prototypes' else 'its features'}",
+            *("images | digits", "images seen | 16", "last loss, koleo | 0.2500", "kNN top-1 | 93.2 %"),
+        ):
+            assert f"| {row} |" in text, row
+        assert ("| started from | start |" in text) == (name == "vit")
+
+        # The recipe in the card trains this student alone, to the same.
+        recipe = parse_yaml(text.partition("```yaml\n")[2].partition("```")[0], "the card")
+        assert recipe["teacher"] == "teacher" and list(recipe["students"]) == [name]
+        if name == "vit":
+            assert recipe["students"] == {"vit": {"start_from": "start"}}
+            recipe["students"]["vit"]["start_from"] = str(start)
+        again = DistillationConfig(**{**recipe, "teacher": str(teacher)}, output_dir=str(tmp_path / "again"))
+        assert again.student_args[name].recipe_alone() == student.recipe_alone()
+
+
+def test_the_card_of_a_student_whose_teacher_sees_larger_crops(tmp_path):
+    teacher = distillation.save_tiny_vit(tmp_path / "patch8") and tmp_path / "patch8"
+    sizes = {"global_crop_size": 64, "local_crop_size": 64, "teacher_to_student_scale": 2.0}
+    args = distillation.make_args(tmp_path / "run", teacher, **sizes)
+    training = card_sections(args.student_args["gated"], 2, [])["Training"]
+    assert "| crops | 2 x 32 px, 2 x 32 px |" in training
+    assert "| crops of the teacher | 2 x 64 px |" in training
+    recipe = parse_yaml(training.partition("```yaml\n")[2].partition("```")[0], "the card")
+    assert {name: recipe[name] for name in sizes} == sizes
 
 
 def test_nothing_is_claimed_of_images_that_nobody_named(tmp_path):

@@ -58,13 +58,6 @@ class DistillationConfig(StudentConfig):
             "vits16}}, ...}. A block may change the fields of network, heads, loss weights and optimizer."
         ),
     )
-    teacher_to_student_scale: float = field(
-        default=1.0,
-        metadata=changes_the_result(
-            "How many times larger the teacher sees the crops than the students: global_crop_size and local_crop_size "
-            "are the teacher's."
-        ),
-    )
     student_ranks: dict[str, int] | str | None = field(
         default=None,
         metadata=efficiency(

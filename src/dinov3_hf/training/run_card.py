@@ -1,4 +1,4 @@
-"""What a run says of itself in the model card of its teacher."""
+"""What a run says of itself in the model card of its teacher, or of a student of a distillation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,25 +11,29 @@ from dinov3_hf.data.sources.arrow import HUB_ID
 from dinov3_hf.hub.model_card import table, write_model_card
 from dinov3_hf.training.continued_config import ContinuedConfig
 from dinov3_hf.training.course import LogHistory, course, markdown
+from dinov3_hf.training.distillation_teacher import read_teacher
 from dinov3_hf.training.evaluation import described
 from dinov3_hf.training.ssl_config import SSLConfig
+from dinov3_hf.training.student_config import StudentConfig
 from dinov3_hf.yaml_text import dump_yaml
 
 PROVENANCE = "Trained without labels, by the objective of DINOv3, with `dinov3_hf`."
 CARD_ROWS = 5  # of the course of a continued run
 # Fields that may name a folder of this machine.
-_PLACES = ("start_from", "gram_teacher", "model")
+_PLACES = ("start_from", "gram_teacher", "model", "teacher")
+# Objective of a distillation -> what a student predicts.
+_OBJECTIVES = {"prototypes": "the prototypes of its heads", "features": "its features"}
 # Metric of a run -> what the Hub calls it, as a share of 1.
 _ACCURACIES = {"eval_knn_top1": "kNN top-1 accuracy", "eval_knn_top5": "kNN top-5 accuracy"}
 
 
 def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHistory) -> None:
     """
-    Write the model card of a run's teacher.
+    Write the model card of a run's teacher, or of a student of a distillation.
 
     Args:
-        folder: the teacher's, otherwise complete.
-        args: the recipe.
+        folder: the model's, otherwise complete.
+        args: the recipe, or what it says of the student.
         step: optimizer steps taken.
         log_history: of the run; the card shows the newest losses and the newest evaluation in it.
     """
@@ -37,11 +41,17 @@ def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHis
         folder,
         title=args.run_name or Path(args.output_dir or folder).name,
         license=args.license,
-        provenance=PROVENANCE,
+        provenance=_provenance(args),
         sections=card_sections(args, step, log_history),
         results=card_results(args, log_history),
         datasets=card_datasets(args),
     )
+
+
+def _provenance(args: SSLConfig) -> str:
+    if not isinstance(args, StudentConfig):
+        return PROVENANCE
+    return f"Distilled without labels from {model_name(args.teacher)}, with `dinov3_hf`."
 
 
 def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[str, str]:
@@ -53,15 +63,16 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
         "global batch": args.global_batch_size,
         "crops": "; ".join(_crops(sizes, args.num_local_crops) for sizes in args.crop_size_mix().sizes),
     }
-    if args.start_from is not None:
+    if isinstance(args, StudentConfig):
+        facts = {**_lesson(args), **facts}
+    elif args.start_from is not None:
         facts = {"started from": f"{data_name(args.start_from)} ({args.start_with})", **facts}
     if isinstance(args, ContinuedConfig):
         facts = {"started from": data_name(args.model), **facts}
     losses = _newest(log_history, "loss")
     facts |= {_spelled(name): f"{losses[name]:.4f}" for name in sorted(losses) if name.partition("/")[0] == "loss"}
-    fields = args.result_fields(args.recipe())
-    fields |= {name: data_name(fields[name]) for name in _PLACES if fields.get(name) is not None}
-    recipe = dump_yaml({**fields, "train_data": data_name(args.train_data)})
+    fields = args.recipe_alone() if isinstance(args, StudentConfig) else args.result_fields(args.recipe())
+    recipe = dump_yaml({**_without_folders(fields), "train_data": data_name(args.train_data)})
     details = f"<details><summary>Recipe</summary>\n\n```yaml\n{recipe.rstrip()}\n```\n\n</details>"
     sections = {"Training": f"{table(facts)}\n\n{details}"}
     evaluations = [shown for shown in map(described, log_history) if shown]
@@ -71,6 +82,29 @@ def card_sections(args: SSLConfig, step: int, log_history: LogHistory) -> dict[s
         if isinstance(args, ContinuedConfig):
             sections["Before, during and after"] = markdown(*course(log_history, CARD_ROWS))
     return sections
+
+
+def _without_folders(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_folders(value)
+        if isinstance(value, Mapping)
+        else data_name(value)
+        if name in _PLACES and value is not None
+        else value
+        for name, value in fields.items()
+    }
+
+
+def _lesson(args: StudentConfig) -> dict[str, object]:
+    """From whom a student has learned, and what."""
+    teacher, scale = read_teacher(args.teacher), args.teacher_to_student_scale
+    facts = {
+        "distilled from": f"{model_name(args.teacher)} ({teacher.summary})",
+        "predicts": _OBJECTIVES[args.objective],
+    }
+    if scale != 1:
+        facts["crops of the teacher"] = f"2 x {int(args.global_crop_size * scale)} px"
+    return facts if args.start_from is None else {"started from": data_name(args.start_from), **facts}
 
 
 def _crops(sizes: CropSizes, num_local_crops: int) -> str:
@@ -102,6 +136,14 @@ def card_datasets(args: SSLConfig) -> list[str]:
     """Data sets of the Hub that the run learns from."""
     name = data_name(args.train_data)
     return [name] if "/" in name else []
+
+
+def model_name(model: str | None) -> str:
+    """What to call a model in public: as `data_name`, and the teacher of a run by the name of the run."""
+    path = Path(model or "")
+    return (
+        f"the teacher of run {path.parent.name}" if path.name == "teacher" and path.parent.name else data_name(model)
+    )
 
 
 def data_name(data: str | None) -> str:

@@ -396,7 +396,8 @@ class SSLConfig(GramConfig):
         if values["crop_sizes"] is not None:
             values["crop_sizes"] = sizes_of_entries(values["crop_sizes"])
         backbone = cls.backbone_of(values)
-        values["backbone"] = {name: plain(backbone.__dict__[name]) for name in own_annotations(type(backbone))}
+        fields = {name: plain(backbone.__dict__[name]) for name in own_annotations(type(backbone))}
+        values["backbone"] = {"model_type": backbone.model_type, **fields}
         return values
 
     def model_width(self) -> int:

@@ -71,7 +71,13 @@ class StudentConfig(SSLConfig):
             "Null: the patches of the ViT students, else the teacher's, else 16."
         ),
     )
-
+    teacher_to_student_scale: float = field(
+        default=1.0,
+        metadata=changes_the_result(
+            "How many times larger the teacher sees the crops than the students: global_crop_size and local_crop_size "
+            "are the teacher's."
+        ),
+    )
     start_from: str | None = field(
         default=None,
         metadata=changes_the_result(
@@ -172,3 +178,16 @@ class StudentConfig(SSLConfig):
     def mask_grid(self, sizes: CropSizes) -> int:
         assert self.patch_size is not None  # DistillationConfig.student has given it
         return sizes.global_crop_size // self.patch_size
+
+    def recipe_alone(self) -> dict[str, Any]:
+        """The fields that change the result, of a [`DistillationConfig`] that trains this student and no other."""
+        fields = self.result_fields(self.recipe())
+        for head in HEADS:
+            if self.objective == "prototypes":
+                fields[head] = self.__dict__[head]
+            else:
+                del fields[head]
+        for name in ("global_crop_size", "local_crop_size"):
+            fields[name] = int(fields[name] * self.teacher_to_student_scale)
+        start_from = fields.pop("start_from")
+        return {**fields, "students": {self.run_name: {} if start_from is None else {"start_from": start_from}}}
