@@ -244,11 +244,13 @@ class DistillationConfig(StudentConfig):
         self.split = {name: ranks[name] for name in self.students}
         self.student_args = {name: self._student(name, count) for name, count in self.split.items()}
 
-    @property
-    def smallest_part(self) -> int:
-        """Images that every number of ranks must divide the global batch into multiples of."""
-        wanted: int | None = self._given["per_device_train_batch_size"]
-        return wanted or 1
+    def can_have(self, name: str, num_ranks: int) -> bool:
+        """Whether a student's images can be dealt to so many ranks, in micro-batches and groups as the recipe says."""
+        try:
+            self._student(name, num_ranks)
+        except ValueError:
+            return False
+        return True
 
     def _student(self, name: str, num_ranks: int | None) -> StudentConfig:
         wanted = self._given["per_device_train_batch_size"]

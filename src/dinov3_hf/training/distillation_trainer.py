@@ -101,7 +101,7 @@ class DistillationTrainer(RunTrainer):
     @staticmethod
     def _measured_split(args: DistillationConfig) -> dict[str, float]:
         seconds = measure_students(args)
-        args.split_ranks(choose_student_ranks(seconds, args.world_size, args.global_batch_size // args.smallest_part))
+        args.split_ranks(choose_student_ranks(seconds, args.world_size, args.global_batch_size, args.can_have))
         return seconds
 
     def _evaluators(self, eval_images: EvaluationImages | None) -> list[Evaluator]:
