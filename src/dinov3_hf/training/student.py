@@ -65,11 +65,7 @@ class Student:
         self._step_values = StepValues()
         self._means = RunningMeans()
         self.model = new_student(args)
-        backbone = self.model.student.backbone
-        if args.fp8:
-            use_float8(backbone)
-        # The recipe's field may also be a boolean, but no more once the configuration is made.
-        set_forwards(backbone, args.gradient_checkpointing, args.torch_compile)  # type: ignore[arg-type]
+        prepare_blocks(self.model, args)
         if args.place_model_on_device:
             nn.Module.to(self.model, args.device)
         with self.in_group():
@@ -257,6 +253,15 @@ class Student:
         """Put what `pieces` has saved into this process' shards."""
         with self.in_group():
             self.engine.load(self.model, self.adamw, reader.of(self.name))
+
+
+def prepare_blocks(model: DINOv3ForDistillation, args: StudentConfig) -> None:
+    """Let the blocks that are trained compute as the recipe says: `gradient_checkpointing`, `torch_compile`, `fp8`."""
+    backbone = model.student.backbone
+    if args.fp8:
+        use_float8(backbone)
+    # The recipe's field may also be a boolean, but no more once the configuration is made.
+    set_forwards(backbone, args.gradient_checkpointing, args.torch_compile)  # type: ignore[arg-type]
 
 
 def step_of_stopped(stopped_at: int) -> int:

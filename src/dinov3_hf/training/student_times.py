@@ -11,7 +11,7 @@ from dinov3_hf.distributed.reductions import all_reduce_sum, world_size
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import NUM_GLOBAL_CROPS
 from dinov3_hf.models.dinov3_pretraining.teacher_targets import TeacherTargets
 from dinov3_hf.training.distillation_config import DistillationConfig
-from dinov3_hf.training.student import new_student
+from dinov3_hf.training.student import new_student, prepare_blocks
 from dinov3_hf.training.student_config import StudentConfig
 
 REPETITIONS = 3
@@ -31,7 +31,9 @@ def measure_students(args: DistillationConfig) -> dict[str, float]:
 
 
 def _seconds_of_image(student: StudentConfig, args: DistillationConfig) -> float:
-    model = nn.Module.to(new_student(student), args.device).train()
+    model = new_student(student)
+    prepare_blocks(model, student)
+    nn.Module.to(model, args.device).train()
     num_images = args.train_batch_size
     inputs = _inputs(student, args, num_images)
     best = float("inf")
@@ -71,6 +73,7 @@ def _inputs(student: StudentConfig, args: DistillationConfig, num_images: int) -
             args.num_local_crops * num_images, num_channels, local_size, local_size, device=device
         ),
         "target": target,
+        "gram_weight": 0.0 if student.gram_teacher is None else 1.0,
         **{name: values.to(device) for name, values in entries.items()},
     }
 
