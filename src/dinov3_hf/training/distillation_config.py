@@ -106,8 +106,9 @@ class DistillationConfig(StudentConfig):
         self.split: dict[str, int] | None = None  # ranks of each student; None where they take turns
         if isinstance(self.student_ranks, Mapping):
             self.split_ranks(self.student_ranks)
-        else:  # with auto they are measured in turn
-            self.student_args = {name: self._student(name, None) for name in self.students}
+        else:  # with auto as if on one rank each, until they have been measured
+            num_ranks = None if self.student_ranks is None else 1
+            self.student_args = {name: self._student(name, num_ranks) for name in self.students}
         if self.launched.engine in ("zero2", "zero3") and (len(self.students) > 1 or self.student_ranks is not None):
             raise ArgumentError(
                 f"engine {self.launched.engine} trains one network, but there are {len(self.students)} students; set "
