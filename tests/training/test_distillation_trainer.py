@@ -206,6 +206,16 @@ def test_students_do_not_influence_each_other(tmp_path, teacher, whole, name):
     assert_same(own.after[3], of(name, watch.after[3]))
 
 
+@pytest.mark.parametrize("ranks", [{"vit": 1}, "auto"])
+def test_one_student_on_one_rank_is_no_group(tmp_path, teacher, whole, ranks):
+    together, *_ = whole
+    run = {"students": {"vit": STUDENTS["vit"]}, "student_ranks": ranks}
+    alone = make_trainer(tmp_path, teacher, [Watch(last=1)], **run)
+    alone.train()
+    assert alone.args.split == {"vit": 1}
+    assert log_of("vit", alone) == log_of("vit", together)[:1]
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path, teacher, whole):
     together, watch, _ = whole
     parts = make_trainer(tmp_path, teacher, [own := Watch(last=3)], per_device_train_batch_size=4)

@@ -82,7 +82,8 @@ class DistillationTrainer(RunTrainer):
         self._networks = nn.ModuleDict()  # what the Trainer takes for the model
         super().__init__(self._networks, args, train_images, eval_images, callbacks)
         self.teacher = teacher
-        self._groups = None if args.split is None else RankGroups(args)
+        is_split = args.split is not None and len(args.split) > 1
+        self._groups = RankGroups(args) if is_split else None
         own, group = args.student_args, None
         if self._groups is not None:
             own, group = {self._groups.name: own[self._groups.name]}, self._groups.group
