@@ -9,8 +9,10 @@ import typer
 from dinov3_hf.cli.main import build_app
 from dinov3_hf.data.sources.recipe import read_data_recipe
 from dinov3_hf.training.arguments import merge_fields, parse_arguments
+from dinov3_hf.training.distillation_config import DistillationConfig
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.yaml_text import parse_yaml
+from tests.recipes.distilled import teacher_of
 from tests.testing_utils import REPOSITORY, require_package
 
 PAGES = {page.name: page.read_text() for page in sorted((REPOSITORY / "docs").rglob("*.md"))}
@@ -27,7 +29,8 @@ def commands(program: str) -> list[str]:
 
 
 DATA_RECIPES = [block for block in blocks("yaml") if block.startswith("sources:")]
-RECIPES = [block for block in blocks("yaml") if block not in DATA_RECIPES]
+DISTILLATIONS = [block for block in blocks("yaml") if "students:" in block]
+RECIPES = [block for block in blocks("yaml") if block not in [*DATA_RECIPES, *DISTILLATIONS]]
 
 
 @pytest.mark.parametrize("recipe", DATA_RECIPES)
@@ -48,6 +51,29 @@ def test_training_commands_are_understood(tmp_path, monkeypatch):
     for words in map(shlex.split, commands("training_scripts/pretrain.py")):
         if not {"RECIPE", "--help"} & set(words):
             parse_arguments(SSLConfig, words)
+
+
+@pytest.mark.parametrize("recipe", DISTILLATIONS)
+def test_distillations_parse(recipe, tmp_path):
+    teacher = {"teacher": str(teacher_of("distill_family", tmp_path))}
+    DistillationConfig(**merge_fields(DistillationConfig, "of a page", parse_yaml(recipe, "a page"), []), **teacher)
+
+
+def test_distillation_commands_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_students.yaml").write_text(
+        PAGES["training.md"].partition("`my_students.yaml`:\n\n```yaml\n")[2].partition("```")[0]
+    )
+    recipes = set()
+    for words in map(shlex.split, commands("training_scripts/distill.py")):
+        if not {"RECIPE", "--help"} & set(words):
+            recipes.add(words[0])
+            named = words.index("--teacher") + 1
+            words[named] = str(teacher_of(words[0], tmp_path / "of" / words[0]))
+            if "auto" in words:  # one rank is not enough
+                words[words.index("auto")] = "null"
+            parse_arguments(DistillationConfig, words)
+    assert {"distill_small_cpu", "distill_family", "my_students.yaml"} <= recipes
 
 
 def test_every_recipe_is_described():

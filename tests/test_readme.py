@@ -98,6 +98,8 @@ def test_training_commands(forks, desk):
     assert with_launcher == 1
     for name in ("photos", "photos_gram", "photos_highres", "mine"):
         assert (desk / "runs" / name / "teacher" / "model.safetensors").is_file(), name
+    for name in ("vit", "vit_gated"):
+        assert (desk / "runs" / "students" / name / "model.safetensors").is_file(), name
 
 
 def test_commands_on_the_model(desk, tmp_path):
