@@ -98,7 +98,7 @@ def _without_folders(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _lesson(args: StudentConfig) -> dict[str, object]:
     """From whom a student has learned, and what."""
     teacher, scale = read_teacher(args.teacher), args.teacher_to_student_scale
-    facts = {
+    facts: dict[str, object] = {
         "distilled from": f"{model_name(args.teacher)} ({teacher.summary})",
         "predicts": _OBJECTIVES[args.objective],
     }
