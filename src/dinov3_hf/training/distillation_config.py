@@ -289,6 +289,12 @@ class DistillationConfig(StudentConfig):
         )
 
     @property
+    def wants_patches(self) -> bool:
+        """Whether a student compares all patches with the teacher's."""
+        features = self.objective == "features" and any(args.patch_weight > 0 for args in self.student_args.values())
+        return features or self.gram_teacher is not None
+
+    @property
     def mask_free(self) -> bool:
         return self.objective == "features" or all(args.mask_free for args in self.student_args.values())
 

@@ -188,7 +188,7 @@ class DistillationTrainer(RunTrainer):
             inputs["mask"],
             (side, side),
             objective=args.objective,
-            with_patches=args.objective == "features" or args.gram_teacher is not None,
+            with_patches=args.wants_patches,
         )
 
     def _normalized_for_teacher(self, crops: Tensor) -> Tensor:
