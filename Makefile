@@ -59,8 +59,9 @@ test: .venv/installed-dev  ## Run the fast tests (CPU, offline, minutes)
 test-all: .venv/installed-dev  ## Run every test that this machine can run
 	$(PYTEST) $(WORKERS)
 
-test-engines: .venv/installed-dev  ## Run the real scripts under every engine, on two processes
-	$(PYTEST) tests/distributed/test_engines.py tests/scripts/test_engines.py
+test-engines: .venv/installed-dev  ## Run the real scripts under every engine, on several processes
+	$(PYTEST) -m slow tests/distributed/test_engines.py tests/distributed/test_distillation.py \
+		tests/scripts/test_engines.py tests/scripts/test_distill.py
 
 # The oldest supported transformers stands in front of the newest on the path; torch and the rest are shared.
 build/floor/installed: setup.cfg | .venv/installed-dev
