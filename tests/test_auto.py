@@ -10,7 +10,6 @@ from dinov3_hf import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTModel
 from dinov3_hf.models.dinov3_vit.image_processing import build_image_processor
 from tests.models.compositions import CONVNEXT
 from tests.models.dinov3_vit.tiny import randomize, tiny_model
-from tests.testing_utils import run_python
 
 PROGRAM = """
 import json, sys
@@ -61,8 +60,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["default", "override"])
-def test_auto_classes_and_pipeline(folder, mode):
-    done = run_python("-c", PROGRAM, folder, mode)
+def test_auto_classes_and_pipeline(forks, folder, mode):
+    done = forks.run("-c", PROGRAM, folder, mode)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"vit", "vit_native", "convnext", "convnext_native"}

@@ -31,9 +31,15 @@ def desk(tmp_path):
     return tmp_path
 
 
-def run(program: str, folder) -> str:
+def run(forks, program: str, folder) -> str:
+    done = forks.run("-c", program, folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_without_us(program: str, folder) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", WITHOUT_US + program],
         cwd=folder,
         env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules")},
         capture_output=True,
@@ -42,10 +48,9 @@ def run(program: str, folder) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
-def test_auto_classes(desk):
+def test_auto_classes(forks, desk):
     elsewhere = [block for block in blocks("auto_classes.md") if "trust_remote_code" in block]
     here = [block for block in blocks("auto_classes.md") if block not in elsewhere]
     checks = (
@@ -56,19 +61,19 @@ def test_auto_classes(desk):
         "assert again.layers[0].attention.q_proj.weight.equal(ours.layer[0].attention.q_proj.weight)\n"
         "assert again.layernorm.weight.equal(ours.norm.weight)\n"
     )
-    run("\n".join([*here, checks]), desk)
+    run(forks, "\n".join([*here, checks]), desk)
     assert len(elsewhere) == 1
-    run(WITHOUT_US + elsewhere[0] + "assert type(model).__module__.startswith('transformers_modules.')", desk)
+    run_without_us(elsewhere[0] + "assert type(model).__module__.startswith('transformers_modules.')", desk)
 
 
-def test_big_models(desk):
+def test_big_models(forks, desk):
     plain = [block for block in blocks("big_models.md") if "quantization_config" not in block]
-    printed = run("\n".join(["import torch\npixels = torch.rand(1, 3, 64, 64)", *plain]), desk)
+    printed = run(forks, "\n".join(["import torch\npixels = torch.rand(1, 3, 64, 64)", *plain]), desk)
     assert "{0: 14.78, 1: 12.08}" in printed
 
 
 @require_package("torchao")
-def test_quantised_weights(desk):
+def test_quantised_weights(forks, desk):
     quantised = [block for block in blocks("big_models.md") if "quantization_config" in block]
     assert len(quantised) == 1
-    run(quantised[0], desk)
+    run(forks, quantised[0], desk)

@@ -45,9 +45,9 @@ STOCK = "transformers.models.dinov3_vit."
 HEAD = {"num_prototypes": 24, "bottleneck_dim": 8, "hidden_dim": 16}
 
 
-def run_code(code: str, *arguments) -> dict:
+def run_code(code: str, *arguments, run=run_python) -> dict:
     """What the program prints as JSON in its last line."""
-    done = run_python("-c", f"import json, sys\n{code}", *arguments)
+    done = run("-c", f"import json, sys\n{code}", *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -170,7 +170,7 @@ def test_registering_again_changes_nothing():
     test_entries_of_stock_are_untouched()
 
 
-def test_override_native(tmp_path):
+def test_override_native(forks, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     torch.save(images(), tmp_path / "images.pt")
@@ -190,6 +190,7 @@ def test_override_native(tmp_path):
         "classes = [type(each).__module__ for each in (config, model, *built, by_hand)]\n"
         "print(json.dumps([before, classes, checksum]))",
         tmp_path,
+        run=forks.run,
     )
     before, classes, checksum = found
     assert before == f"{STOCK}modeling_dinov3_vit"

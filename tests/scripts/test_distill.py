@@ -202,7 +202,7 @@ def places(tmp_path_factory, teacher) -> dict[str, Path]:
         (split(vit=1, gated=1, convnext=1), 1, "3 students need as many ranks or more, but this run has 1; start"),
         (split(vit=1), 2, "student_ranks must name each student once: {vit: 1, gated: 1, convnext: 1}"),
         (("--student_ranks", "{vit: 1, gated: 1, convnext: true}"), 2, "student_ranks.convnext is True; expected"),
-        (("--students.vit.lr_shedule", "1e-3"), 2, "students.vit cannot have 'lr_shedule'; did you mean lr_schedule"),
+        (("--students.vit.lr_schedules", "1e-3"), 2, "students.vit cannot have 'lr_schedules'; did you mean lr_sch"),
         (("--students.vit.seed", "1"), 2, "students.vit cannot have 'seed'; it is the same for all students"),
         (("--students.vit.koleo_group_size", "3"), 1, "student vit: koleo_group_size 3 does not divide"),
         (("--students.state.lr_schedule", "1"), 2, "student 'state' cannot be called so, it is the name of a folder"),
