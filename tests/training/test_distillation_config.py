@@ -360,7 +360,11 @@ def with_entry(name: str, **entries):
         ("vit", {"students": {7: None}}, "student 7 cannot be called so"),
         ("vit", {"students": {"vit": 3}}, r"students.vit is 3; expected a mapping"),
         ("vit", {"students": with_entry("vit", max_steps=3)}, "cannot have 'max_steps'; it is the same for all stud"),
-        ("vit", {"students": with_entry("vit", lr_shedule=3)}, "cannot have 'lr_shedule'; did you mean lr_schedule"),
+        (
+            "vit",
+            {"students": with_entry("vit", lr_schedules=3)},
+            "cannot have 'lr_schedules'; did you mean lr_schedule",
+        ),
         ("vit", {"students": with_entry("vit", koleo_topk="a")}, "students.vit.koleo_topk is 'a'; expected an int"),
         ("vit", {"students": with_entry("vit", lr_schedule={"peek": 1})}, "student vit: lr_schedule has no entry 'pe"),
         (
@@ -418,7 +422,7 @@ def test_words_reach_into_blocks(parse):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--students.vit.lr_shedule", "3"), "students.vit cannot have 'lr_shedule'; did you mean lr_schedule"),
+        (("--students.vit.lr_schedules", "3"), "students.vit cannot have 'lr_schedules'; did you mean lr_schedule"),
         (("--students", "{a: {}, a: {}}"), "--students line 1 is not valid YAML: the key a stands twice"),
         (("--students", "[a, b]"), r"--students is '\[a, b\]'; expected a mapping"),
         (("--objective", "both"), "--objective is 'both'; expected one of auto, prototypes, features"),
