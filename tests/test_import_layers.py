@@ -28,8 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"models"},
     "viz": set(),
     "evals": {"models", "viz"},
-    "training": {"models", "data", "objectives", "evals", "distributed", "hub", "viz", "recipes", "plan"},
-    "plan": {"models", "recipes"},
+    "training": {"models", "data", "objectives", "evals", "distributed", "hub", "viz", "recipes"},
+    "plan": {"models", "recipes", "distributed"},
     "cli": {"*"},
 }
 EVERYONE_MAY_IMPORT = {"_compat", "errors", "field_types", "yaml_text", "__init__"}

@@ -7,7 +7,7 @@ import pytest
 
 from dinov3_hf.cli import errors
 from dinov3_hf.cli.main import parse_and_run
-from dinov3_hf.plan.student_ranks import choose_student_ranks
+from dinov3_hf.distributed.student_ranks import choose_student_ranks
 from tests.plan.distillation_step import write_teacher
 
 PAGE = """

@@ -60,6 +60,6 @@ def test_a_pickle_is_not_read(hub, client, tmp_path):
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"never opened")
     publish(hub, tmp_path / "m")
     printed = client.python(READ)
-    assert printed.startswith("FileNotFoundError: weights of the teacher me/tiny cannot be had as safetensors: ")
+    assert printed.startswith("FileNotFoundError: weights of the model me/tiny cannot be had as safetensors: ")
     assert printed.count("\n") == 1
     assert not list(client.forks.folder.rglob("pytorch_model.bin"))

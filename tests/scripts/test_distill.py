@@ -205,7 +205,7 @@ def places(tmp_path_factory, teacher) -> dict[str, Path]:
         (("--students.vit.lr_schedules", "1e-3"), 2, "students.vit cannot have 'lr_schedules'; did you mean lr_sch"),
         (("--students.vit.seed", "1"), 2, "students.vit cannot have 'seed'; it is the same for all students"),
         (("--students.vit.koleo_group_size", "3"), 1, "student vit: koleo_group_size 3 does not divide"),
-        (("--students.state.lr_schedule", "1"), 2, "student 'state' cannot be called so, it is the name of a folder"),
+        (("--students.state.lr_schedule", "1"), 2, "student 'state' cannot be called so, it would name a folder"),
         (("--engine", "zero3"), 2, "engine zero3 trains one network, but there are 3 students; set engine: fsdp2 or"),
         (("--teacher_to_student_scale", "3"), 1, "global_crop_size 32 at teacher_to_student_scale 3 is 10.6667 pix"),
         (("--student_rank", "auto"), 2, "--student_rank is no field; did you mean student_ranks?"),

@@ -381,3 +381,11 @@ def test_clean_up_leaves_what_is_not_its_own(tmp_path):
     clean_up(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache.old", ".git", "checkpoint-best", "runs"]
     assert checkpoints(tmp_path) == []
+
+
+def test_what_is_hidden_beside_a_run_stays(tmp_path):
+    (tmp_path / ".venv.old" / "bin").mkdir(parents=True)
+    (tmp_path / ".profile.saving").write_text("a file")
+    (tmp_path / ".vits16.saving").mkdir()
+    clean_up(tmp_path, names=("vits16",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".profile.saving", ".venv.old"]

@@ -157,13 +157,13 @@ def test_a_student_without_a_backbone_has_the_recipes(make):
 def test_the_rate_of_a_block_wins_over_the_runs(make):
     students = {
         "plain": {"backbone": VIT},
-        "schedule": {"backbone": VIT, "lr_schedule": {"start": 0.0, "peak": 5e-3, "end": 1e-6}},
+        "scheduled": {"backbone": VIT, "lr_schedule": {"start": 0.0, "peak": 5e-3, "end": 1e-6}},
         "rate": {"backbone": VIT, "learning_rate": 6e-3},
         "both": {"backbone": VIT, "lr_schedule": {"peak": 5e-3, "end": 1e-6}, "learning_rate": 7e-3},
     }
     config = make(students=students, learning_rate=2e-3, lr_schedule={"peak": 1e-3, "end": 1e-5})
     ends = {name: (args.lr_schedule.peak, args.lr_schedule.end) for name, args in config.student_args.items()}
-    assert ends == {"plain": (2e-3, 1e-5), "schedule": (5e-3, 1e-6), "rate": (6e-3, 1e-5), "both": (7e-3, 1e-6)}
+    assert ends == {"plain": (2e-3, 1e-5), "scheduled": (5e-3, 1e-6), "rate": (6e-3, 1e-5), "both": (7e-3, 1e-6)}
 
 
 def test_heads_have_the_shapes_of_the_teachers(make):

@@ -520,7 +520,7 @@ def test_what_is_no_model_folder(tmp_path):
     one_line(ArgumentError, None, "teacher is not set; name the model to distil")
     one_line(FileNotFoundError, tmp_path / "nowhere", "there is no teacher folder .*nowhere; name one that exists")
     one_line(FileNotFoundError, tmp_path / "gone.pth", "there is no teacher .*gone.pth; name a model folder")
-    one_line(FileNotFoundError, "nobody/at-all", "there is no teacher folder nobody/at-all, and as a Hub repository")
+    one_line(FileNotFoundError, "nobody/at-all", "there is no model folder nobody/at-all, and as a Hub repository")
     (tmp_path / "empty").mkdir()
     one_line(FileNotFoundError, tmp_path / "empty", "holds no config.json of a model; name a model folder, such as")
     file = tmp_path / "dinov3_vits16.pth"
@@ -571,7 +571,7 @@ def test_weights_that_cannot_be_read(tmp_path):
     one_line(ValueError, tmp_path / "damaged", "the weights of .*damaged cannot be read .*; copy or download")
     save_tiny_vit(tmp_path / "three", num_hidden_layers=3)
     shutil.copy(tmp_path / "three" / "config.json", tmp_path / "other")
-    one_line(ValueError, tmp_path / "other", r"the weights of the teacher .*other lack layer.2\.")
+    one_line(ValueError, tmp_path / "other", r"the weights of the model .*other lack layer.2\.")
 
 
 def test_weights_of_a_pooler_may_be_missing_where_there_is_cls(tmp_path):
@@ -584,7 +584,7 @@ def test_weights_of_a_pooler_may_be_missing_where_there_is_cls(tmp_path):
         save_file(kept, file, metadata={"format": "pt"})
     assert teacher_of(tmp_path / "vit")(pixels()).grid == (4, 6)
     for family, name in (("dinov2", "layer.1.norm1"), ("siglip_vision_model", "head.")):
-        one_line(ValueError, tmp_path / family, rf"the weights of the teacher .* lack .*{name}")
+        one_line(ValueError, tmp_path / family, rf"the weights of the model .* lack .*{name}")
 
 
 def test_the_backbone_of_a_classifier(tmp_path):

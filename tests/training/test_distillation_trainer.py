@@ -186,6 +186,7 @@ def test_the_log_says_of_each_student_what_a_run_says_of_its_own(whole):
         of_student = {key.removeprefix(f"{name}/") for key in of(name, logged)}
         assert of_student == {
             *("loss", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo"),
+            *("prototypes/dino_entropy", "prototypes/ibot_entropy"),
             *("grad_norm", "grad_norm/backbone", "grad_norm/dino_head", "grad_norm/ibot_head"),
             *("schedule/lr", "schedule/last_layer_lr", "schedule/weight_decay", "schedule/teacher_momentum"),
             *("schedule/teacher_temperature", "schedule/local_loss_weight", "guard/skipped_steps"),

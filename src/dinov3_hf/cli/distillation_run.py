@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from dinov3_hf.cli.ssl_run import check_images_are_named, open_images, train_to_the_end
-from dinov3_hf.plan.student_ranks import idle_share
+from dinov3_hf.distributed.student_ranks import idle_share
 from dinov3_hf.training.distillation_config import DistillationConfig
 from dinov3_hf.training.distillation_teacher import load_teacher
 from dinov3_hf.training.distillation_trainer import DistillationTrainer, of_student

@@ -10,11 +10,10 @@ from dinov3_hf.data.sources.base import ImageSource
 from dinov3_hf.data.sources.spec import load_images
 from dinov3_hf.errors import ArgumentError
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
-from dinov3_hf.training.checkpoints import checkpoints
 from dinov3_hf.training.continued import ContinuedTrainer, continued_model
 from dinov3_hf.training.continued_config import ContinuedConfig
 from dinov3_hf.training.evaluation import accuracies, is_evaluation
-from dinov3_hf.training.resume import AUTO
+from dinov3_hf.training.resume import starts_afresh
 from dinov3_hf.training.run_trainer import RunTrainer
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.ssl_trainer import SSLTrainer
@@ -35,7 +34,11 @@ def run_recipe(args: SSLConfig) -> None:
     """
     check_images_are_named(args)
     start = None
-    if args.start_from is not None and _starts_afresh(args) and args.process_index == 0:
+    if (
+        args.start_from is not None
+        and starts_afresh(args.resume_from_checkpoint, Path(args.output_dir or "."))
+        and args.process_index == 0
+    ):
         start = find_start(args)
         print(start.describe(), flush=True)
     train_images, eval_images = open_images(args, args.backbone_config().num_channels)
@@ -79,11 +82,6 @@ def continue_pretraining(args: ContinuedConfig) -> None:
         print(outcome)
         if args.push_to_hub:
             print(f"and at {trainer.push_teacher(teacher)}")
-
-
-def _starts_afresh(args: SSLConfig) -> bool:
-    wanted = args.resume_from_checkpoint
-    return wanted is None or (wanted == AUTO and not checkpoints(Path(args.output_dir or ".")))
 
 
 def check_images_are_named(args: SSLConfig) -> None:

@@ -8,11 +8,11 @@ others, and images with the teacher's answers go to one rank of every group firs
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dinov3_hf.distributed.student_ranks import choose_student_ranks, idle_share
 from dinov3_hf.plan.engines import Engine
 from dinov3_hf.plan.run_plan import Limit, Machine, ResolutionPlan, RunCosts, micro_batches, rank_share, timed
 from dinov3_hf.plan.step_flop import step_flop
 from dinov3_hf.plan.step_memory import cut_pixels, step_memory
-from dinov3_hf.plan.student_ranks import choose_student_ranks, idle_share
 from dinov3_hf.plan.workload import FixedTeacher, Workload
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,13 +210,21 @@ def remove_old_checkpoints(
                 logger.warning("%s could not be removed: %s", folder, error)
 
 
-def clean_up(output_dir: Path) -> None:
-    """Undo what killed runs left half done: for the first process of a run, before the others look."""
+def clean_up(output_dir: Path, names: Collection[str] = ("teacher",)) -> None:
+    """
+    Undo what killed runs left half done: for the first process of a run, before the others look.
+
+    Args:
+        output_dir: of the run; what else is in it stays.
+        names: of the folders that a run writes there beside its checkpoints.
+    """
     if not output_dir.is_dir():
         return
     for path in sorted(output_dir.iterdir()):
         match = _HIDDEN.fullmatch(path.name)
-        if match is None:
+        if match is None or not path.is_dir():
+            continue
+        if match["name"] not in names and not _CHECKPOINT.fullmatch(match["name"]):
             continue
         target = output_dir / match["name"]
         if match["state"] == "old" and not target.exists():

@@ -32,7 +32,7 @@ OF_A_STUDENT = (
     *("patch_embed_lr_mult", "teacher_momentum_schedule", "gradient_checkpointing", "start_from"),
 )
 # Names of other things in a run's folder or in a checkpoint.
-_TAKEN = ("state", "streams", "runs", "teacher")
+_TAKEN = ("state", "streams", "runs", "teacher", "students", "data", "memory", "schedule")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -106,9 +106,8 @@ class DistillationConfig(StudentConfig):
         self.split: dict[str, int] | None = None  # ranks of each student; None where they take turns
         if isinstance(self.student_ranks, Mapping):
             self.split_ranks(self.student_ranks)
-        else:  # with auto as if on one rank each, until they have been measured
-            num_ranks = None if self.student_ranks is None else 1
-            self.student_args = {name: self._student(name, num_ranks) for name in self.students}
+        else:
+            self.student_args = {name: self._student(name, self._ranks_until_measured(name)) for name in self.students}
         if self.launched.engine in ("zero2", "zero3") and (len(self.students) > 1 or self.student_ranks is not None):
             raise ArgumentError(
                 f"engine {self.launched.engine} trains one network, but there are {len(self.students)} students; set "
@@ -125,11 +124,11 @@ class DistillationConfig(StudentConfig):
                 not isinstance(name, str)
                 or not _NAME.fullmatch(name)
                 or name in _TAKEN
-                or name.startswith("checkpoint-")
+                or name.startswith(("checkpoint-", "eval_"))
             ):
                 raise ArgumentError(
-                    f"student {name!r} cannot be called so, it is the name of a folder; use letters, digits, '_' and "
-                    f"'-', and none of {', '.join(_TAKEN)}, checkpoint-N."
+                    f"student {name!r} cannot be called so, it would name a folder and log entries; use letters, digits, '_' and "
+                    f"'-', and none of {', '.join(_TAKEN)}, checkpoint-N, eval_N."
                 )
             if block is not None and not isinstance(block, Mapping):
                 raise ArgumentError(f"students.{name} is {block!r}; expected a mapping such as {{backbone: ...}}.")
@@ -229,6 +228,12 @@ class DistillationConfig(StudentConfig):
                 f"{len(self.students)} students need as many ranks or more, but this run has {self.world_size}; start "
                 f"at least {len(self.students)} processes, or set student_ranks: null to train them in turn."
             )
+
+    def _ranks_until_measured(self, name: str) -> int | None:
+        """With auto the smallest number that a student can have; 1 where it can have none, which says why."""
+        if self.student_ranks is None:
+            return None
+        return next((count for count in range(1, self.world_size + 1) if self.can_have(name, count)), 1)
 
     def split_ranks(self, ranks: Mapping[str, int]) -> None:
         """

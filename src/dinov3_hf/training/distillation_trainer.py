@@ -26,13 +26,14 @@ from dinov3_hf.distributed.engine import ShardedModel, empty_parameters_to_buffe
 from dinov3_hf.distributed.fsdp2 import FSDP2Engine
 from dinov3_hf.distributed.pieces import Piece, StateReader, on_host, state_file, write_pieces
 from dinov3_hf.distributed.reductions import all_reduce_max, gather_lists
+from dinov3_hf.distributed.student_ranks import choose_student_ranks
 from dinov3_hf.hub.model_card import keep_edited_card
 from dinov3_hf.models.dinov3_pretraining.distillation_targets import (
     TeacherAnswer,
     distillation_targets,
     teacher_answer,
 )
-from dinov3_hf.plan.student_ranks import choose_student_ranks
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import student_network
 from dinov3_hf.training.callbacks import StudentsProgressCallback, TrainingProgressCallback
 from dinov3_hf.training.checkpoint_writer import STATE
 from dinov3_hf.training.checkpoints import replacing_folder
@@ -42,12 +43,13 @@ from dinov3_hf.training.evaluation import DenseHealthCallback, Evaluator, KnnCal
 from dinov3_hf.training.rank_groups import RankGroups
 from dinov3_hf.training.run_card import write_run_card
 from dinov3_hf.training.run_trainer import Batch, EvaluationImages, RunTrainer
-from dinov3_hf.training.student import Student, new_student, step_of_stopped
+from dinov3_hf.training.student import Student, step_of_stopped
 from dinov3_hf.training.student_times import measure_students
 from dinov3_hf.training.teacher_folder import save_teacher_folder
 from dinov3_hf.training.whole_network import network_of_pieces
 
 STOPPED = "stopped_students.json"
+_STAGED = "students"  # pieces of all of them, on the way to their folders
 
 
 class DistillationTrainer(RunTrainer):
@@ -197,10 +199,11 @@ class DistillationTrainer(RunTrainer):
         if (list(statistics.mean), list(statistics.std)) == (args.image_mean, args.image_std):
             return crops
         mean, std, theirs, their_std = (
-            torch.tensor(values, device=crops.device).view(-1, 1, 1)
+            torch.tensor(values).view(-1, 1, 1)
             for values in (args.image_mean, args.image_std, statistics.mean, statistics.std)
         )
-        return (crops * std + mean - theirs) / their_std
+        scale, shift = (std / their_std).to(crops.device), ((mean - theirs) / their_std).to(crops.device)
+        return crops * scale + shift
 
     def training_step(  # type: ignore[override]  # what get_batch_samples returns
         self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Tensor | int | None = None
@@ -211,6 +214,7 @@ class DistillationTrainer(RunTrainer):
         for part in inputs if active else []:
             is_last = self.accelerator.sync_gradients and part is inputs[-1]
             views = self._views(part)
+            part.clear()  # the Trainer keeps the batches of a step until it has the next
             for student in active:
                 loss += student.learn(views, self.state.global_step, 1 / self._num_parts, is_last)
         # The log has the means over good steps; the Trainer's own sum would stay NaN for the rest of the run.
@@ -223,7 +227,7 @@ class DistillationTrainer(RunTrainer):
             f"{kind}_crops": self._resized(self._finished(inputs, kind), size)
             for kind, size in (("global", self.args.global_crop_size), ("local", self.args.local_crop_size))
         }
-        return {**inputs, **crops, "target": part["target"]}
+        return {**inputs, **crops}
 
     def _finished(self, inputs: Batch, kind: str) -> Tensor:
         """Global or local crops, normalised and distorted if they are not yet."""
@@ -293,6 +297,9 @@ class DistillationTrainer(RunTrainer):
     def _save_config(self, folder: Path) -> None:
         (folder / STOPPED).write_text(json.dumps(self.stopped), encoding="utf-8")
 
+    def _folder_names(self) -> tuple[str, ...]:
+        return (*self.args.students, _STAGED)
+
     def _state_pieces(self) -> Iterator[Piece]:
         for student in self.students:
             yield from student.pieces()
@@ -305,8 +312,9 @@ class DistillationTrainer(RunTrainer):
 
     def _complete_checkpoint(self, folder: Path, step: int, log_history: list[dict[str, float]]) -> None:
         reader = StateReader(folder / STATE)
+        stopped = json.loads((folder / STOPPED).read_text(encoding="utf-8"))  # training goes on meanwhile
         for name in self.args.students:
-            self._write_student(reader, name, folder / name, step, log_history)
+            self._write_student(reader, name, folder / name, step, stopped, log_history)
 
     def save_students(self, folder: Path) -> str:
         """
@@ -320,14 +328,15 @@ class DistillationTrainer(RunTrainer):
             OSError: one could not be written; its folder is as it was.
         """
         # Not from process to process: the first of a group may be another than the first of all, which writes.
-        state = folder / ".students.saving"
+        state = folder / f".{_STAGED}.saving"
         averages = [piece for piece in self._state_pieces() if ".ema." in piece.name]
-        self._together(
-            lambda: write_pieces(state_file(state, self.args.process_index, self.args.world_size), on_host(averages))
-        )
-        self._as_first_process(lambda: self._put_students_together(StateReader(state), folder))
-        if self.is_world_process_zero():
-            shutil.rmtree(state)
+        path = state_file(state, self.args.process_index, self.args.world_size)
+        try:
+            self._together(lambda: write_pieces(path, on_host(averages)))
+            self._as_first_process(lambda: self._put_students_together(StateReader(state), folder))
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(state, ignore_errors=True)
         lines = [
             f"{folder / name}" + (f" (stopped at step {self.stopped[name]:,})" if name in self.stopped else "")
             for name in self.args.students
@@ -339,7 +348,7 @@ class DistillationTrainer(RunTrainer):
         errors = []
         try:
             write()
-        except OSError as error:
+        except Exception as error:  # safetensors has errors of its own
             errors = [str(error)]
         for message in gather_lists(errors):
             raise OSError(message)
@@ -348,15 +357,22 @@ class DistillationTrainer(RunTrainer):
         for name in self.args.students:
             with replacing_folder(folder / name) as staged:
                 keep_edited_card(folder / name, staged)
-                self._write_student(reader, name, staged, self.state.global_step, self.state.log_history)
+                step, log_history = self.state.global_step, self.state.log_history
+                self._write_student(reader, name, staged, step, self.stopped, log_history)
 
     def _write_student(
-        self, reader: StateReader, name: str, folder: Path, step: int, log_history: list[dict[str, float]]
+        self,
+        reader: StateReader,
+        name: str,
+        folder: Path,
+        step: int,
+        stopped: Mapping[str, int],
+        log_history: list[dict[str, float]],
     ) -> None:
         args = self.args.student_args[name]
-        network = network_of_pieces(reader.of(name), "ema", lambda: new_student(args).ema)
+        network = network_of_pieces(reader.of(name), "ema", lambda: student_network(args.pretraining_config()))
         save_teacher_folder(network, args, folder)
-        taken = step_of_stopped(self.stopped[name]) if name in self.stopped else step
+        taken = step_of_stopped(stopped[name]) if name in stopped else step
         write_run_card(folder, args, taken, of_student(name, log_history))
 
 

@@ -38,8 +38,9 @@ class LabelledImages(Images, Protocol):
 
 class Evaluator(TrainerCallback):
     """
-    A callback that measures the teacher whenever [`SSLTrainer`] evaluates (`eval_strategy`, `eval_steps`,
-    `eval_on_start`, the end of the run). Pass one of your own in `callbacks=[...]`:
+    A callback that measures the teacher whenever [`SSLTrainer`] evaluates, and each student whenever
+    [`DistillationTrainer`] does (`eval_strategy`, `eval_steps`, `eval_on_start`, the end of the run). Pass one of your
+    own in `callbacks=[...]`:
 
     ```python
     class FeatureNorm(Evaluator):
@@ -54,8 +55,9 @@ class Evaluator(TrainerCallback):
         Named numbers; they are logged as `eval_NAME`.
 
         Args:
-            backbone: the EMA teacher's, without heads, as it is at this step. Leave its weights alone.
-            args: of the run.
+            backbone: of the EMA teacher, or of the moving average of a student, without heads, as it is at this step.
+                Leave its weights alone.
+            args: of the run, or of the student.
         """
         raise NotImplementedError
 

@@ -64,19 +64,22 @@ class RankGroups:
             The same for the images that it trains on, on its device.
         """
         rows = [_image_rows(part, answer) for part, answer in zip(parts, answers, strict=True)]
-        sent = {name: torch.cat([part[name] for part in rows]).to(self._device) for name in rows[0]}
-        received = {name: self._exchange.send(values.contiguous()) for name, values in sent.items()}
-        counts = received["mask"].flatten(1).sum(1).cpu()  # (J,) masked patches of each image
+        received = {name: self._send(torch.cat([part[name] for part in rows])) for name in rows[0]}
+        size, shared, said = self._layout.size, [], []
         masked = [answer.masked for answer in answers if answer.masked is not None]
         if masked:
-            travelling, _ = self._exchange.send_ragged(torch.cat(masked), sent["mask"].flatten(1).sum(1).cpu())
-        size, shared, said = self._layout.size, [], []
+            counts = torch.cat([part["mask"] for part in rows]).flatten(1).sum(1).cpu()  # masked patches of each image
+            travelled, counts = self._exchange.send_ragged(torch.cat(masked), counts)
+            ends = [0, *counts.view(-1, size).sum(1).cumsum(0).tolist()]
         for k, first_image in enumerate(self._first_images):
             own = {name: values[k * size : (k + 1) * size] for name, values in received.items()}
-            begin, end = counts[: k * size].sum(), counts[: (k + 1) * size].sum()
             shared.append(_batch(own, first_image))
-            said.append(TeacherAnswer(own["cls"], travelling[begin:end] if masked else None, own.get("patches")))
+            of_part = travelled[ends[k] : ends[k + 1]] if masked else None
+            said.append(TeacherAnswer(own["cls"], of_part, own.get("patches")))
         return shared, said
+
+    def _send(self, rows: Tensor) -> Tensor:
+        return self._exchange.send(rows.to(self._device).contiguous())
 
 
 def _image_rows(part: Batch, answer: TeacherAnswer) -> dict[str, Tensor]:
@@ -97,7 +100,10 @@ def _image_rows(part: Batch, answer: TeacherAnswer) -> dict[str, Tensor]:
 
 def _batch(rows: Mapping[str, Tensor], first_image: int) -> Batch:
     """The part of a batch, crop-major, that `_image_rows` was made of."""
-    crop_major = {name: values.transpose(0, 1).flatten(0, 1) for name, values in rows.items()}
+    of_teacher = ("cls", "patches")
+    crop_major = {
+        name: values.transpose(0, 1).flatten(0, 1) for name, values in rows.items() if name not in of_teacher
+    }
     batch: Batch = {name: crop_major[name] for name in ("mask", *(f"{crops}_crops" for crops in _CROPS))}
     for crops in _CROPS:
         prefix = f"{crops}_photometric/"

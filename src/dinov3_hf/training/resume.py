@@ -21,6 +21,11 @@ DATA = "train_data.json"
 READ_AT_THE_START = ("start_from", "start_with")
 
 
+def starts_afresh(wanted: str | None, output_dir: Path) -> bool:
+    """Whether a run with this `resume_from_checkpoint` begins at step 0."""
+    return wanted is None or (wanted == AUTO and not checkpoints(output_dir))
+
+
 def find_checkpoint(wanted: str | None, args: RecipeConfig, fingerprint: Mapping[str, Any]) -> Path | None:
     """
     Resolve `--resume_from_checkpoint`.

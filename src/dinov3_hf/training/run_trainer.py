@@ -115,6 +115,10 @@ class RunTrainer(Trainer):
         """Give the networks what a fresh run starts from, and spread them over the ranks. All ranks call it."""
         raise NotImplementedError
 
+    def _folder_names(self) -> tuple[str, ...]:
+        """Of the folders that the run writes beside its checkpoints."""
+        raise NotImplementedError
+
     def _state_pieces(self) -> Iterator[Piece]:
         """This rank's pieces of parameters and moments."""
         raise NotImplementedError
@@ -197,7 +201,7 @@ class RunTrainer(Trainer):
 
     def _find_checkpoint(self, wanted: str | None) -> str | None:
         output_dir = Path(self.args.output_dir or ".")
-        clean_up(output_dir)
+        clean_up(output_dir, self._folder_names())
         folder = find_checkpoint(wanted, self.args, self.train_images.fingerprint())
         if folder is not None:
             return str(folder)

@@ -294,6 +294,9 @@ class SSLTrainer(TeacherPublisher, RunTrainer):
     def _save_config(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
 
+    def _folder_names(self) -> tuple[str, ...]:
+        return ("teacher",)
+
     def _state_pieces(self) -> Iterator[Piece]:
         return self.engine.pieces(self.model, self.adamw)
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dinov3_hf.distributed.engine import ShardedModel, empty_parameters_to_buffers
 from dinov3_hf.distributed.pieces import Piece, StateReader
 from dinov3_hf.distributed.reductions import process_group, rank, world_size
-from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation
+from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_distillation import DINOv3ForDistillation, student_network
 from dinov3_hf.training.distillation_teacher import load_teacher, read_teacher
 from dinov3_hf.training.ema import update_ema
 from dinov3_hf.training.engines import make_engine
@@ -176,6 +176,9 @@ class Student:
             self.engine.backward(loss)
         self._step_values.add({f"loss/{name}": value for name, value in output.losses.items()})
         self._step_values.add({"loss": output.loss})
+        self._step_values.add(
+            {f"prototypes/{name}_entropy": value for name, value in output.prototype_entropy.items()}
+        )
         return loss.detach()
 
     def settle_step(self, step: int) -> float:
@@ -242,7 +245,9 @@ class Student:
     def whole_ema(self) -> nn.Module:
         """The moving average, whole in the first process of the group. All of the group call it."""
         with self.in_group():
-            return whole_network(self.engine, self.model.ema, lambda: new_student(self.args).ema, self.speaks)
+            return whole_network(
+                self.engine, self.model.ema, lambda: student_network(self.args.pretraining_config()), self.speaks
+            )
 
     def pieces(self) -> list[Piece]:
         """What this process has to save."""

@@ -1,6 +1,7 @@
 """Configuration of one student of a distillation: the fields of a recipe, changed by the student's block."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dinov3_hf.data.crop_sizes import CropSizes
@@ -9,6 +10,7 @@ from dinov3_hf.models.same_network import network_differences
 from dinov3_hf.training.distillation_teacher import read_teacher
 from dinov3_hf.training.model_source import locate_model
 from dinov3_hf.training.recipe_config import UNUSED_FIELDS, changes_the_result
+from dinov3_hf.training.resume import starts_afresh
 from dinov3_hf.training.ssl_config import SSLConfig
 from dinov3_hf.training.teacher_networks import network_config
 
@@ -24,7 +26,7 @@ _ONE_GRAM_TEACHER = "the Gram teacher is the teacher, on the teacher's crops: se
 @dataclass
 class StudentConfig(SSLConfig):
     r"""
-    What a student of [`DistillationConfig`] is trained by. `DistillationConfig.student` makes it.
+    What a student of [`DistillationConfig`] is trained by, which has it in `student_args`.
 
     Inherited defaults that are changed: `dino_head` and `ibot_head` are the teacher's where entries are left out, but
     for the width that they start from.
@@ -92,6 +94,7 @@ class StudentConfig(SSLConfig):
     UNUSED_FIELDS: ClassVar[dict[str, str]] = {
         **UNUSED_FIELDS,
         "start_with": "a student starts with the weights of a model: set start_from in its block",
+        "ddp_bucket_cap_mb": "students have torch's own buckets: leave it out",
         "crop_sizes": "set global_crop_size and local_crop_size",
         "gram_crop_size": _ONE_GRAM_TEACHER,
         "gram_refresh_steps": _ONE_GRAM_TEACHER,
@@ -122,7 +125,9 @@ class StudentConfig(SSLConfig):
             )
 
     def _check_start(self) -> None:
-        if self.start_from is None:
+        if self.start_from is None or not starts_afresh(
+            self.resume_from_checkpoint, Path(self.output_dir or ".").parent
+        ):
             return
         there = network_config(read_teacher(locate_model(self.start_from, "start_from")).source)
         differences = network_differences(self.backbone_config(), there)
@@ -176,7 +181,7 @@ class StudentConfig(SSLConfig):
         }
 
     def mask_grid(self, sizes: CropSizes) -> int:
-        assert self.patch_size is not None  # DistillationConfig.student has given it
+        assert self.patch_size is not None  # DistillationConfig has given it
         return sizes.global_crop_size // self.patch_size
 
     def recipe_alone(self) -> dict[str, Any]:

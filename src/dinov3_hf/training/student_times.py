@@ -20,12 +20,15 @@ REPETITIONS = 3
 def measure_students(args: DistillationConfig) -> dict[str, float]:
     """
     Seconds of a step of each student on one rank with the whole global batch: forward and backward pass on random
-    crops of a micro-batch, the best of three, the mean over the ranks. All ranks call it.
+    crops of a micro-batch, the best of three, the mean over the ranks; without the last layers of the teacher's heads,
+    which each group applies for itself. All ranks call it.
 
     Args:
         args: of the run.
     """
     seconds = {name: _seconds_of_image(student, args) for name, student in args.student_args.items()}
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)  # of the run, these were other networks
     total = all_reduce_sum(torch.tensor(list(seconds.values()), device=args.device)) / world_size()
     return dict(zip(seconds, (total * args.global_batch_size).tolist(), strict=True))
 
@@ -34,7 +37,7 @@ def _seconds_of_image(student: StudentConfig, args: DistillationConfig) -> float
     model = new_student(student)
     prepare_blocks(model, student)
     nn.Module.to(model, args.device).train()
-    num_images = args.train_batch_size
+    num_images = max(args.train_batch_size, student.gram_group_size or 1)
     inputs = _inputs(student, args, num_images)
     best = float("inf")
     for _ in range(1 + REPETITIONS):  # the first to warm up

@@ -131,13 +131,13 @@ class TeacherNetwork:
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
-                f"weights of the teacher {self.source} cannot be had as safetensors: {reason}"
+                f"weights of the model {self.source} cannot be had as safetensors: {reason}"
             ) from error
         # The pooler of a family with CLS is not asked.
         lacking = [name for name in fresh if not (self.has_cls and name.startswith("pooler."))]
         if lacking:
             raise ValueError(
-                f"the weights of the teacher {self.source} lack {min(lacking)}, which its config.json asks for; give "
+                f"the weights of the model {self.source} lack {min(lacking)}, which its config.json asks for; give "
                 "a folder in which both are of the same model."
             )
         return backbone
@@ -188,7 +188,7 @@ def network_config(source: str) -> Any:
         FileNotFoundError: there is no such repository.
         ValueError: it is damaged, or of an unknown family.
     """
-    fields = read_fields(source, source, "teacher")
+    fields = read_fields(source, source, "model")
     model_type = fields.get("model_type")
     if model_type in BACKBONES:
         return BACKBONES[model_type][0].from_dict(fields)
@@ -197,7 +197,7 @@ def network_config(source: str) -> Any:
     of_two_towers = "vision_config" in fields and f"{model_type}_vision_model" in _FAMILIES
     if model_type not in _FAMILIES and not of_two_towers:
         raise ValueError(
-            f"teacher {source} is a {model_type!r} model, whose outputs are not known here; use timm's version of it, "
+            f"model {source} is a {model_type!r} model, whose outputs are not known here; use timm's version of it, "
             f"or a model of {', '.join([*BACKBONES, *_FAMILIES])}."
         )
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -206,7 +206,7 @@ def network_config(source: str) -> Any:
 
 def _timm_config(source: str, fields: dict[str, Any]) -> Any:
     if find_spec("timm") is None:
-        raise ValueError(f"teacher {source} is a model of timm, which is not installed; pip install timm.")
+        raise ValueError(f"model {source} is a model of timm, which is not installed; pip install timm.")
     from transformers import TimmWrapperConfig
 
     config = TimmWrapperConfig.from_dict(fields)
@@ -261,7 +261,7 @@ def _vit(
 ) -> TeacherNetwork:
     sides = {side} if isinstance(side, int) else set(side)
     if len(sides) != 1:
-        raise ValueError(f"the patches of the teacher {source} are {side} pixels, not square; use another model.")
+        raise ValueError(f"the patches of the model {source} are {side} pixels, not square; use another model.")
     patch_size = sides.pop()
     return TeacherNetwork(
         source=source,
@@ -285,7 +285,7 @@ def _convnet(source: str, name: str, network: PreTrainedModel, trained_size: int
     features, pooled = output.last_hidden_state, output.pooler_output.flatten(1)  # (1, D, h, w), (1, D)
     if features.ndim != 4 or pooled.shape != features.shape[:2] or size % features.shape[2]:
         raise ValueError(
-            f"the teacher {source} ({name}) makes features {tuple(features.shape[1:])} and pools them to "
+            f"the model {source} ({name}) makes features {tuple(features.shape[1:])} and pools them to "
             f"{tuple(pooled.shape[1:])}, which is neither a ViT nor a ConvNet as they are known here; use another "
             "model."
         )
@@ -344,7 +344,7 @@ def _check_weights(source: str) -> None:
         return
     if any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
-            f"the teacher {source} has its weights in pytorch_model.bin, a pickle, which may run code and is not "
+            f"the model {source} has its weights in pytorch_model.bin, a pickle, which may run code and is not "
             "read; save it with save_pretrained, which writes safetensors."
         )
-    raise FileNotFoundError(f"the teacher {source} has no weights (model.safetensors); copy or download them again.")
+    raise FileNotFoundError(f"the model {source} has no weights (model.safetensors); copy or download them again.")

@@ -50,6 +50,11 @@ class FeatureNetwork(nn.Module):
         self.patch_projection = nn.Linear(width, config.teacher_width) if config.patch_weight > 0 else None
 
 
+def student_network(config: DINOv3DistillationConfig) -> SSLNetwork | FeatureNetwork:
+    """What a student, and its moving average, consists of."""
+    return SSLNetwork(config) if config.objective == "prototypes" else FeatureNetwork(config)
+
+
 class DINOv3ForDistillation(DINOv3StudentModel):
     """
     Distillation: a student is trained to predict what a fixed teacher says of the same image, by prototypes as in
@@ -65,9 +70,8 @@ class DINOv3ForDistillation(DINOv3StudentModel):
 
     def __init__(self, config: DINOv3DistillationConfig) -> None:
         super().__init__(config)
-        network = SSLNetwork if config.objective == "prototypes" else FeatureNetwork
-        self.student = network(config)
-        self.ema = network(config)
+        self.student = student_network(config)
+        self.ema = student_network(config)
         self._no_split_modules = list(self.student.backbone._no_split_modules)
         self.post_init()
         self.ema.load_state_dict(self.student.state_dict())
