@@ -409,7 +409,7 @@ def test_a_teacher_must_be_named():
 def test_words_reach_into_blocks(parse):
     config = parse(
         *("--students.vit.lr_schedule.peak", "3e-3", "--students.gated.backbone.num_hidden_layers", "1"),
-        *("--students.new.backbone", "{preset: vits16, patch_size: 4}", "--koleo_weight", "0.2"),
+        *("--students.new", "{backbone: {preset: vits16, patch_size: 4}}", "--koleo_weight", "0.2"),
     )
     assert list(config.student_args) == [*STUDENTS, "new"]
     assert config.student_args["vit"].lr_schedule.peak == 3e-3
@@ -419,10 +419,18 @@ def test_words_reach_into_blocks(parse):
     assert config.student_args["vit"].koleo_weight == 0.2
 
 
+def test_a_word_changes_what_the_block_has_from_the_run(parse):
+    run = {"start": 0.0, "peak": 1e-3, "end": 1e-5, "warmup_steps": 2}
+    config = parse("--lr_schedule", str(run), "--students.vit.lr_schedule.peak", "3e-3")
+    assert config.student_args["vit"].lr_schedule.to_plain() == {**run, "peak": 3e-3}
+    assert config.student_args["convnext"].lr_schedule.to_plain() == run
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--students.vit.lr_schedules", "3"), "students.vit cannot have 'lr_schedules'; did you mean lr_schedule"),
+        (("--students.vti.lr_schedule.peak", "3"), "there is no 'vti' in students; did you mean vit"),
         (("--students", "{a: {}, a: {}}"), "--students line 1 is not valid YAML: the key a stands twice"),
         (("--students", "[a, b]"), r"--students is '\[a, b\]'; expected a mapping"),
         (("--objective", "both"), "--objective is 'both'; expected one of auto, prototypes, features"),

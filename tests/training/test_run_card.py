@@ -6,10 +6,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dinov3_hf.hub.card_validation import check_model_card
+from dinov3_hf.training.arguments import parse_arguments
 from dinov3_hf.training.distillation_config import DistillationConfig
 from dinov3_hf.training.run_card import card_datasets, card_results, card_sections, data_name, write_run_card
 from dinov3_hf.training.ssl_config import SSLConfig
-from dinov3_hf.yaml_text import parse_yaml
+from dinov3_hf.yaml_text import dump_yaml, parse_yaml
 from tests.training import test_distillation_trainer as distillation
 from tests.training.test_ssl_trainer import make_args, make_trainer
 
@@ -87,7 +88,9 @@ def test_the_card_of_a_student(objective, tmp_path):
         if name == "vit":
             assert recipe["students"] == {"vit": {"start_from": "start"}}
             recipe["students"]["vit"]["start_from"] = str(start)
-        again = DistillationConfig(**{**recipe, "teacher": str(teacher)}, output_dir=str(tmp_path / "again"))
+        (tmp_path / "again.yaml").write_text(dump_yaml({**recipe, "teacher": str(teacher)}))
+        words = [str(tmp_path / "again.yaml"), "--output_dir", str(tmp_path / "again")]
+        again = parse_arguments(DistillationConfig, words)
         assert again.student_args[name].recipe_alone() == student.recipe_alone()
 
 
@@ -125,3 +128,11 @@ def test_images_are_called_without_the_folders_they_lie_in(data, name, tmp_path,
     monkeypatch.chdir(tmp_path)
     Path("shards").mkdir()
     assert data_name(data) == name
+
+
+def test_the_card_of_a_stopped_student_says_so(tmp_path):
+    args = make_args(tmp_path / "run")
+    trainer = make_trainer(tmp_path / "run")
+    trainer.save_teacher(tmp_path / "model")
+    write_run_card(tmp_path / "model", args, 3, [], stopped_at=6)
+    assert "## Stopped\n\nThis student was given up at step 6: " in (tmp_path / "model" / "README.md").read_text()

@@ -402,3 +402,17 @@ def test_own_annotations_are_the_fields_of_the_family():
     annotations = own_annotations(type(SSLConfig().backbone_config()))
     assert {"hidden_size", "norm_type"} <= set(annotations)
     assert not {"_out_features", "dtype", "id2label"} & set(annotations)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr_schedule": -1e-3}, "lr_schedule -0.001 has a value out of range; use 0 or more"),
+        ({"teacher_temperature_schedule": 0.0}, "teacher_temperature_schedule 0.0 has a value out of range"),
+        ({"teacher_momentum_schedule": {"peak": 0.9, "end": 2.0}}, "has a value out of range; use 0 to 1"),
+        ({"dino_head": {"hidden_dim": 0}}, "dino_head.hidden_dim is 0; use 1 or more"),
+    ],
+)
+def test_values_that_only_spoil_a_run_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, **fields)

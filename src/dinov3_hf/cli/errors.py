@@ -21,6 +21,11 @@ from dinov3_hf.errors import ArgumentError
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
 
 
+# What torch.distributed raises when another process is gone; gloo has no class of its own.
+_LOST_PROCESS = ("DistBackendError", "DistNetworkError")
+_GLOO = "gloo/transport"
+
+
 def one_line(error: BaseException) -> str:
     """What `error` says, as one line of text."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -29,6 +34,10 @@ def one_line(error: BaseException) -> str:
     if text.startswith("Caught ") and "Original Traceback" in text:
         # A data worker's error carries the worker's traceback in its message; the last line is what was raised there.
         text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    if type(error).__name__ in _LOST_PROCESS or _GLOO in text:
+        return (
+            "another process of the run has ended; look at what it said, and go on with --resume_from_checkpoint last"
+        )
     message = " ".join(text.split())
     if isinstance(error, USER_ERRORS) and message:
         return message

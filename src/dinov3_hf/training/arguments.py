@@ -126,6 +126,8 @@ def merge_fields(
         _refuse_unused(config_class, name)
         if inner:
             base = merged[name] if name in merged else _default(fields[name])
+            if name == config_class.BLOCKS and len(inner) > 1:
+                base = _with_own_field(override, base, merged, fields)
             merged[name] = _with_entry(override, base, inner)
         else:
             merged[name] = _fit_override(override, annotations[name])
@@ -175,6 +177,23 @@ def _with_entry(override: Override, base: Any, inner: list[str]) -> Any:
     changed = copy.deepcopy(base)
     changed[key] = _with_entry(override, base.get(key), deeper) if deeper else override.value
     return changed
+
+
+def _with_own_field(
+    override: Override, blocks: Any, merged: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]
+) -> Any:
+    """Blocks in which a field that an override reaches into begins as it is outside of the blocks."""
+    _, block, name, *deeper = override.path
+    if not isinstance(blocks, dict):
+        return blocks
+    if block not in blocks:
+        raise ArgumentError(
+            f"{override.option}: there is no {block!r} in {override.path[0]}; {did_you_mean(block, blocks)}"
+        )
+    own = blocks[block] or {}
+    if deeper and name in fields and name not in own:
+        own = {**own, name: merged[name] if name in merged else _default(fields[name])}
+    return {**blocks, block: own}
 
 
 def _is_schedule_entry(inner: list[str]) -> bool:

@@ -82,6 +82,7 @@ class DistillationConfig(StudentConfig):
         metadata=orchestration("Folder for checkpoints, logs and the students, each in a folder of its own name."),
     )
 
+    BLOCKS: ClassVar[str | None] = "students"
     UNUSED_FIELDS: ClassVar[dict[str, str]] = {
         **StudentConfig.UNUSED_FIELDS,
         "start_from": "students start one by one: set students.NAME.start_from",
@@ -127,8 +128,13 @@ class DistillationConfig(StudentConfig):
                 or name.startswith(("checkpoint-", "eval_"))
             ):
                 raise ArgumentError(
-                    f"student {name!r} cannot be called so, it would name a folder and log entries; use letters, digits, '_' and "
-                    f"'-', and none of {', '.join(_TAKEN)}, checkpoint-N, eval_N."
+                    f"student {name!r} cannot be called so, it would name a folder and log entries; use letters, "
+                    f"digits, '_' and '-', and none of {', '.join(_TAKEN)}, checkpoint-N, eval_N."
+                )
+            twins = [other for other in self.students if str(other).lower() == name.lower() and other != name]
+            if twins:
+                raise ArgumentError(
+                    f"students {name} and {twins[0]} have one folder on disks that ignore case; call one otherwise."
                 )
             if block is not None and not isinstance(block, Mapping):
                 raise ArgumentError(f"students.{name} is {block!r}; expected a mapping such as {{backbone: ...}}.")

@@ -373,7 +373,7 @@ class DistillationTrainer(RunTrainer):
         network = network_of_pieces(reader.of(name), "ema", lambda: student_network(args.pretraining_config()))
         save_teacher_folder(network, args, folder)
         taken = step_of_stopped(stopped[name]) if name in stopped else step
-        write_run_card(folder, args, taken, of_student(name, log_history))
+        write_run_card(folder, args, taken, of_student(name, log_history), stopped.get(name))
 
 
 def of_student(name: str, log_history: list[dict[str, float]]) -> list[dict[str, float]]:

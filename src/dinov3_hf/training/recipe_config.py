@@ -279,6 +279,8 @@ class RecipeConfig(TrainingArguments):
     ddp_broadcast_buffers: bool | None = False
 
     UNUSED_FIELDS: ClassVar[dict[str, str]] = UNUSED_FIELDS
+    # The field whose entries are mappings of other fields, which they change for a part of the run.
+    BLOCKS: ClassVar[str | None] = None
     # Inherited fields with their inherited defaults that --help shows in a group.
     INHERITED_GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         ORCHESTRATION: (

@@ -15,6 +15,7 @@ from dinov3_hf.training.recipe_config import RecipeConfig
 logger = logging.getLogger(__name__)
 
 LAST, AUTO = "last", "auto"
+MAX_NAMED = 6  # differences of two recipes
 RECIPE = "recipe.yaml"
 DATA = "train_data.json"
 # What they gave is in every checkpoint: a run goes on when the folder has moved or is gone.
@@ -131,9 +132,13 @@ def _check_recipe(folder: Path, args: RecipeConfig, fingerprint: Mapping[str, An
     for name in READ_AT_THE_START:
         saved.pop(name, None)
         current.pop(name, None)
-    changes = ", ".join(
-        f"{name} is {there!r} there and {here!r} here" for name, there, here in _differences(saved, current)
-    )
+    differences = [
+        f"{name} is {_short(there)} there and {_short(here)} here"
+        for name, there, here in _differences(saved, current)
+    ]
+    changes = ", ".join(differences[:MAX_NAMED])
+    if len(differences) > MAX_NAMED:
+        changes += f", and {len(differences) - MAX_NAMED} more"
     if changes:
         raise ValueError(
             f"{folder} is a checkpoint of another recipe: {changes}; resume with the recipe that wrote it "
@@ -150,6 +155,11 @@ def _differences(saved: Any, current: Any, name: str = "") -> Iterator[tuple[str
             yield from _differences(saved.get(key), current.get(key), f"{name}.{key}" if name else key)
     elif saved != current:
         yield name, saved, current
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."
 
 
 def _are_mappings(values: Any) -> bool:

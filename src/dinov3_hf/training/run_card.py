@@ -18,6 +18,10 @@ from dinov3_hf.training.student_config import StudentConfig
 from dinov3_hf.yaml_text import dump_yaml
 
 PROVENANCE = "Trained without labels, by the objective of DINOv3, with `dinov3_hf`."
+_STOPPED = (
+    "This student was given up at step {:,}: its loss was not finite three times in a row. These are the weights of "
+    "the last step before, which may be spoilt already; distil it again with a lower learning rate."
+)
 CARD_ROWS = 5  # of the course of a continued run
 # Fields that may name a folder of this machine.
 _PLACES = ("start_from", "gram_teacher", "model", "teacher")
@@ -27,7 +31,9 @@ _OBJECTIVES = {"prototypes": "the prototypes of its heads", "features": "its fea
 _ACCURACIES = {"eval_knn_top1": "kNN top-1 accuracy", "eval_knn_top5": "kNN top-5 accuracy"}
 
 
-def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHistory) -> None:
+def write_run_card(
+    folder: Path, args: SSLConfig, step: int, log_history: LogHistory, stopped_at: int | None = None
+) -> None:
     """
     Write the model card of a run's teacher, or of a student of a distillation.
 
@@ -36,13 +42,15 @@ def write_run_card(folder: Path, args: SSLConfig, step: int, log_history: LogHis
         args: the recipe, or what it says of the student.
         step: optimizer steps taken.
         log_history: of the run; the card shows the newest losses and the newest evaluation in it.
+        stopped_at: of a student, the step in which it was given up.
     """
     write_model_card(
         folder,
         title=args.run_name or Path(args.output_dir or folder).name,
         license=args.license,
         provenance=_provenance(args),
-        sections=card_sections(args, step, log_history),
+        sections=({} if stopped_at is None else {"Stopped": _STOPPED.format(stopped_at)})
+        | card_sections(args, step, log_history),
         results=card_results(args, log_history),
         datasets=card_datasets(args),
     )

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 Configured = TypeVar("Configured", bound="DINOv3PreTrainingConfig")
 
 
+# Schedule -> smallest and largest value.
+_RANGES = {
+    "lr_schedule": (0.0, float("inf")),
+    "weight_decay_schedule": (0.0, float("inf")),
+    "teacher_momentum_schedule": (0.0, 1.0),
+    "teacher_temperature_schedule": (1e-6, float("inf")),
+    "local_loss_weight_schedule": (0.0, float("inf")),
+}
+
+
 @dataclass
 class SSLConfig(GramConfig):
     r"""
@@ -294,6 +304,11 @@ class SSLConfig(GramConfig):
         for name in ("dino_weight", "ibot_weight", "koleo_weight"):
             if self.__dict__[name] < 0:
                 raise ValueError(f"{name} {self.__dict__[name]:g} is negative; use 0 to leave the term out.")
+        for name, (least, most) in _RANGES.items():
+            schedule: Schedule = self.__dict__[name]
+            if not all(least <= value <= most for value in (schedule.start, schedule.peak, schedule.end)):
+                allowed = f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
+                raise ValueError(f"{name} {schedule.to_plain()} has a value out of range; use {allowed}.")
         for name in ("num_local_crops", "freeze_last_layer_steps"):
             if self.__dict__[name] < 0:
                 raise ValueError(f"{name} {self.__dict__[name]} is negative; use 0 for none.")
@@ -321,6 +336,9 @@ class SSLConfig(GramConfig):
         types = {name: type(default) for name, default in PROTOTYPE_HEAD_DEFAULTS.items()}
         for name in ("dino_head", "ibot_head"):
             setattr(self, name, {**PROTOTYPE_HEAD_DEFAULTS, **fit_mapping(name, self.__dict__[name], types)})
+            for entry in ("num_prototypes", "bottleneck_dim", "hidden_dim", "num_layers"):
+                if self.__dict__[name][entry] < 1:
+                    raise ValueError(f"{name}.{entry} is {self.__dict__[name][entry]}; use 1 or more.")
 
     @property
     def mask_free(self) -> bool:

@@ -195,4 +195,5 @@ class StudentConfig(SSLConfig):
         for name in ("global_crop_size", "local_crop_size"):
             fields[name] = int(fields[name] * self.teacher_to_student_scale)
         start_from = fields.pop("start_from")
+        fields = {name: value for name, value in fields.items() if name not in self.UNUSED_FIELDS}
         return {**fields, "students": {self.run_name: {} if start_from is None else {"start_from": start_from}}}
