@@ -1,6 +1,13 @@
 import torch
 
-from dinov3_hf.distributed.reductions import all_reduce_max, all_reduce_sum, gather_rows, rank, world_size
+from dinov3_hf.distributed.reductions import (
+    all_reduce_max,
+    all_reduce_sum,
+    gather_rows,
+    rank,
+    rows_of_each_process,
+    world_size,
+)
 from tests.reference.processes import run_in_processes
 
 
@@ -10,6 +17,7 @@ def test_identity_in_one_process():
     assert all_reduce_sum(x) is x
     assert all_reduce_max(x) is x
     assert gather_rows(x) is x
+    assert [part is x for part in rows_of_each_process(x)] == [True]
 
 
 def reductions_of_two() -> dict[str, torch.Tensor]:
@@ -23,6 +31,7 @@ def reductions_of_two() -> dict[str, torch.Tensor]:
         "sum": all_reduce_sum(mine + rank()),
         "max": all_reduce_max(mine),
         "gathered": gather_rows(rows).detach(),
+        "one_by_one": torch.cat(list(rows_of_each_process(mine.T))),
         "grad": rows.grad,
         "unchanged": torch.equal(mine, kept) * torch.ones(()),
     }
@@ -37,5 +46,6 @@ def test_two_processes():
         assert torch.equal(result["sum"], torch.ones(2, 2))
         assert torch.equal(result["max"], x)
         assert torch.equal(result["gathered"], torch.cat([x.T, -x.T]))
+        assert torch.equal(result["one_by_one"], result["gathered"])
         assert torch.equal(result["grad"], weights[2 * index : 2 * index + 2])
         assert result["unchanged"]

@@ -85,6 +85,24 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _GatherRows.apply(rows) if world_size() > 1 else rows
 
 
+def rows_of_each_process(rows: Tensor) -> Iterator[Tensor]:
+    """
+    The rows of process 0, then those of process 1, and so on: all rows, without room for all of them at a time.
+
+    Args:
+        rows: (R, ...), same shape and dtype in every process. Every process has to take all that is yielded.
+
+    Returns:
+        W times (R, ...); `rows` itself where they are this process's own. No gradient passes.
+    """
+    group = _group.get()
+    for source in range(world_size()):
+        part = rows.contiguous() if source == rank() else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        if world_size() > 1:
+            dist.broadcast(part, source if group is None else dist.get_global_rank(group, source), group=group)
+        yield part
+
+
 def gather_lists(items: list[Any]) -> list[Any]:
     """The lists of all processes joined in the order of the ranks. Their entries must be picklable."""
     if world_size() == 1:
