@@ -192,7 +192,7 @@ def places(tmp_path_factory, teacher) -> dict[str, Path]:
     ("arguments", "status", "says"),
     [
         (("--teacher", "null"), 2, "teacher is not set; name the model to distil, for example --teacher OWNER/NAME"),
-        (("--teacher", "nowhere/else"), 1, "there is no teacher folder nowhere/else"),
+        (("--teacher", "nowhere/else"), 1, "folder nowhere/else, and as a Hub repository it fails"),
         (("--teacher", "EMPTY"), 1, "holds no config.json of a model; name a model folder"),
         (("--teacher", "HEADLESS", "--objective", "prototypes"), 1, "has none (heads.safetensors), as released mode"),
         (("--teacher", "COARSE"), 1, "patches of 8 pixels, the students of 4; set teacher_to_student_scale: 2"),
@@ -205,7 +205,7 @@ def places(tmp_path_factory, teacher) -> dict[str, Path]:
         (("--students.vit.lr_schedules", "1e-3"), 2, "students.vit cannot have 'lr_schedules'; did you mean lr_sch"),
         (("--students.vit.seed", "1"), 2, "students.vit cannot have 'seed'; it is the same for all students"),
         (("--students.vit.koleo_group_size", "3"), 1, "student vit: koleo_group_size 3 does not divide"),
-        (("--students.state.lr_schedule", "1"), 2, "student 'state' cannot be called so, it would name a folder"),
+        (("--students.vitt.lr_schedule", "1"), 2, "there is no 'vitt' in students; did you mean vit?"),
         (("--engine", "zero3"), 2, "engine zero3 trains one network, but there are 3 students; set engine: fsdp2 or"),
         (("--teacher_to_student_scale", "3"), 1, "global_crop_size 32 at teacher_to_student_scale 3 is 10.6667 pix"),
         (("--student_rank", "auto"), 2, "--student_rank is no field; did you mean student_ranks?"),
@@ -222,6 +222,7 @@ def test_bad_input(capsys, places, tmp_path, arguments, status, says):
         ('{"vit": {}, "vit": {}}', "the key vit stands twice"),
         ("{}", "there are no students; name at least one, such as students: {vits16: {backbone: {preset: vits16}}}."),
         ("[vit]", "students"),
+        ("{state: {}}", "student 'state' cannot be called so, it would name a folder"),
         ("{vit: small}", "students.vit is 'small'; expected a mapping such as {backbone: ...}."),
     ],
 )
