@@ -57,7 +57,8 @@ def test_every_objective_is_in_the_paper_index_and_in_the_step():
     for module in sorted((PACKAGE / "objectives").glob("*.py")):
         for name in re.findall(r"^def ([a-z]\w*)\(", module.read_text(), flags=re.MULTILINE):
             if name != "prototype_entropy":  # a measurement, of no paper
-                for page in (PAPER_INDEX, SSL_STEP):
+                # What aligns images with text is no part of the self-supervised step.
+                for page in (PAPER_INDEX,) if module.stem == "contrastive" else (PAPER_INDEX, SSL_STEP):
                     assert f"objectives.{module.stem}.{name}`" in page.read_text(), (page.name, name)
 
 

@@ -11,11 +11,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForPreTraining,
+    AutoModelForZeroShotImageClassification,
     PreTrainedConfig,
 )
 
 import dinov3_hf
 from dinov3_hf.auto import _register_configuration
+from dinov3_hf.models.dinotxt.configuration_dinotxt import DinoTxtConfig, DinoTxtTextConfig, DinoTxtVisionConfig
+from dinov3_hf.models.dinotxt.modeling_dinotxt import DinoTxtModel
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
     DINOv3ConvNextConfig,
     DINOv3ConvNextNativeConfig,
@@ -37,6 +40,7 @@ from dinov3_hf.models.dinov3_vit.modeling_dinov3_vit import (
     DINOv3ViTNativeBackbone,
     DINOv3ViTNativeModel,
 )
+from tests.models.dinotxt.tiny import tiny_config
 from tests.models.dinov3_convnext.tiny import TINY as CONVNEXT
 from tests.models.dinov3_vit.tiny import TINY, images, tiny_model
 from tests.testing_utils import run_python
@@ -76,10 +80,13 @@ def test_names_for_type_checkers_are_the_names_of_the_module():
 
 
 def test_import_loads_models_and_nothing_else():
-    """Beside torch, the Auto classes and stock's modeling file, only modules of ours: the code of the models."""
+    """Beside torch, the Auto classes, stock's modeling file, and bases of tokenizers and processors, only modules of
+    ours: the code of the models."""
     loaded, lazily = run_code(
         "import torch\n"
         "from transformers import AutoBackbone, AutoModel, AutoModelForPreTraining\n"
+        "from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer\n"
+        "from transformers import PreTrainedTokenizerFast, ProcessorMixin\n"
         f"import {STOCK}modeling_dinov3_vit\n"
         "before = set(sys.modules)\n"
         "import dinov3_hf\n"
@@ -120,6 +127,8 @@ def test_import_loads_models_and_nothing_else():
             ),
             DINOv3ForDistillation,
         ),
+        (AutoModel, tiny_config(), DinoTxtModel),
+        (AutoModelForZeroShotImageClassification, tiny_config(), DinoTxtModel),
     ],
 )
 def test_our_configurations_build_our_models(auto_class, config, expected):
@@ -133,6 +142,9 @@ def test_our_model_types_are_known():
     assert type(AutoConfig.for_model("dinov3_convnext_native")) is DINOv3ConvNextNativeConfig
     assert type(AutoConfig.for_model("dinov3_pretraining")) is DINOv3PreTrainingConfig
     assert type(AutoConfig.for_model("dinov3_distillation")) is DINOv3DistillationConfig
+    assert type(AutoConfig.for_model("dinotxt_text")) is DinoTxtTextConfig
+    assert type(AutoConfig.for_model("dinotxt_vision")) is DinoTxtVisionConfig
+    assert type(AutoConfig.for_model("dinotxt")) is DinoTxtConfig
 
 
 def test_entries_of_stock_are_untouched():

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinov3_hf.auto import register_auto_classes
+    from dinov3_hf.models.dinotxt.configuration_dinotxt import DinoTxtConfig, DinoTxtTextConfig, DinoTxtVisionConfig
+    from dinov3_hf.models.dinotxt.modeling_dinotxt import DinoTxtModel, DinoTxtTextModel, DinoTxtVisionModel
+    from dinov3_hf.models.dinotxt.processing_dinotxt import DinoTxtProcessor
+    from dinov3_hf.models.dinotxt.tokenization_dinotxt import DinoTxtTokenizer
     from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
     from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextBackbone, DINOv3ConvNextModel
     from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_distillation import DINOv3DistillationConfig
@@ -34,6 +38,14 @@ __all__ = [
     "DINOv3ViTBackbone",
     "DINOv3ViTConfig",
     "DINOv3ViTModel",
+    "DinoTxtConfig",
+    "DinoTxtModel",
+    "DinoTxtProcessor",
+    "DinoTxtTextConfig",
+    "DinoTxtTextModel",
+    "DinoTxtTokenizer",
+    "DinoTxtVisionConfig",
+    "DinoTxtVisionModel",
     "DistillationConfig",
     "DistillationTrainer",
     "SSLConfig",
@@ -52,6 +64,14 @@ _MODULES = {
     "DINOv3ViTBackbone": "dinov3_hf.models.dinov3_vit.modeling_dinov3_vit",
     "DINOv3ViTConfig": "dinov3_hf.models.dinov3_vit.configuration_dinov3_vit",
     "DINOv3ViTModel": "dinov3_hf.models.dinov3_vit.modeling_dinov3_vit",
+    "DinoTxtConfig": "dinov3_hf.models.dinotxt.configuration_dinotxt",
+    "DinoTxtModel": "dinov3_hf.models.dinotxt.modeling_dinotxt",
+    "DinoTxtProcessor": "dinov3_hf.models.dinotxt.processing_dinotxt",
+    "DinoTxtTextConfig": "dinov3_hf.models.dinotxt.configuration_dinotxt",
+    "DinoTxtTextModel": "dinov3_hf.models.dinotxt.modeling_dinotxt",
+    "DinoTxtTokenizer": "dinov3_hf.models.dinotxt.tokenization_dinotxt",
+    "DinoTxtVisionConfig": "dinov3_hf.models.dinotxt.configuration_dinotxt",
+    "DinoTxtVisionModel": "dinov3_hf.models.dinotxt.modeling_dinotxt",
     "DistillationConfig": "dinov3_hf.training.distillation_config",
     "DistillationTrainer": "dinov3_hf.training.distillation_trainer",
     "SSLConfig": "dinov3_hf.training.ssl_config",

@@ -10,10 +10,17 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForPreTraining,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
+from dinov3_hf.models.dinotxt.configuration_dinotxt import DinoTxtConfig, DinoTxtTextConfig, DinoTxtVisionConfig
+from dinov3_hf.models.dinotxt.modeling_dinotxt import DinoTxtModel, DinoTxtTextModel, DinoTxtVisionModel
+from dinov3_hf.models.dinotxt.processing_dinotxt import DinoTxtProcessor
+from dinov3_hf.models.dinotxt.tokenization_dinotxt import DinoTxtTokenizer
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import (
     DINOv3ConvNextConfig,
     DINOv3ConvNextNativeConfig,
@@ -55,6 +62,12 @@ TRAINING_MODELS: tuple[tuple[type[PreTrainedConfig], type[PreTrainedModel]], ...
     (DINOv3PreTrainingConfig, DINOv3ForPreTraining),
     (DINOv3DistillationConfig, DINOv3ForDistillation),
 )
+# Images with text: configuration and model class; the first is the whole model, with a processor and a tokenizer.
+TEXT_MODELS: tuple[tuple[type[PreTrainedConfig], type[PreTrainedModel]], ...] = (
+    (DinoTxtConfig, DinoTxtModel),
+    (DinoTxtTextConfig, DinoTxtTextModel),
+    (DinoTxtVisionConfig, DinoTxtVisionModel),
+)
 
 
 def register_auto_classes(override_native: bool = False) -> None:
@@ -76,6 +89,12 @@ def register_auto_classes(override_native: bool = False) -> None:
         for config_class, model_class in TRAINING_MODELS:
             _register_configuration(config_class)
             AutoModelForPreTraining.register(config_class, model_class)
+        for config_class, model_class in TEXT_MODELS:
+            _register_configuration(config_class)
+            AutoModel.register(config_class, model_class)
+        AutoModelForZeroShotImageClassification.register(DinoTxtConfig, DinoTxtModel)
+        AutoProcessor.register(DinoTxtConfig, DinoTxtProcessor)
+        AutoTokenizer.register(DinoTxtConfig, fast_tokenizer_class=DinoTxtTokenizer)
         # These configurations have the name of one in transformers, which looks classes up by name where it finds no
         # entry: without these entries `from_config` would build that class. Its own configuration is not touched.
         for config_class, model_class, backbone_class in STOCK_BACKBONES:

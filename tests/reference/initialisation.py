@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3_hf.convert import dinov3_convnext
+from dinov3_hf.convert import dinotxt, dinov3_convnext
 from dinov3_hf.convert.dinov3_vit import config_from_native, state_dict_to_native
 from dinov3_hf.convert.lazy_tensor import LazyTensor, read_all
+from dinov3_hf.models.dinotxt.configuration_dinotxt import DinoTxtConfig
+from dinov3_hf.models.dinotxt.modeling_dinotxt import DinoTxtModel
 from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
 from dinov3_hf.models.dinov3_pretraining.configuration_dinov3_pretraining import DINOv3PreTrainingConfig
 from dinov3_hf.models.dinov3_pretraining.modeling_dinov3_pretraining import DINOv3ForPreTraining
@@ -44,6 +46,8 @@ def check_initialisation(content: dict[str, Any], compare: Comparison) -> None:
         elif any(name.endswith("running_mean") and name.startswith("mlp.") for name in statistics):
             compare.notes.append(f"declined: batch norm in the prototype head ({section})")
             continue
+        elif "text_model.backbone.positional_embedding" in statistics:
+            tensors = _dinotxt(statistics)
         elif "last_layer.weight" in statistics:
             tensors = _prototype_head(statistics)
         else:
@@ -141,6 +145,35 @@ def _prototype_head(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
         DINOv3PreTrainingConfig(backbone_config=backbone, dino_head=head, ibot_head={**head, "num_prototypes": 1})
     )
     return model.student.dino_head.state_dict()
+
+
+def _dinotxt(statistics: Mapping[str, Statistics]) -> dict[str, Tensor]:
+    """A fresh dino.txt of the recorded sizes, under native names; the backbone was not recorded."""
+    shapes = {name: entry["shape"] for name, entry in statistics.items()}
+    vocab_size, width = shapes["text_model.backbone.token_embedding.weight"]
+    text = "text_model.backbone.blocks"
+    vision = "visual_model.head.blocks"
+
+    def num_blocks(prefix: str) -> int:
+        return len({match[1] for name in shapes if (match := re.match(rf"{prefix}\.(\d+)\.", name))})
+
+    vision_width = shapes["visual_model.head.ln_final.weight"][0]
+    backbone = {"hidden_size": vision_width, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = DinoTxtConfig(
+        text_config={
+            "vocab_size": vocab_size,
+            "max_position_embeddings": shapes["text_model.backbone.positional_embedding"][0],
+            "hidden_size": width,
+            "intermediate_size": shapes[f"{text}.0.feed_forward.fc1.weight"][0],
+            "num_hidden_layers": num_blocks(text),
+            "num_attention_heads": 1,
+            "projection_dim": shapes["text_model.head.linear_projection.weight"][0],
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={"backbone_config": backbone, "num_head_layers": num_blocks(vision)},
+    )
+    return dinotxt.state_dict_to_native(DinoTxtModel(config).state_dict(), config)
 
 
 def _compare_tensor(compare: Comparison, label: str, ours: Tensor, recorded: Statistics) -> None:

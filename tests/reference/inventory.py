@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3_hf.convert import dinov3_convnext, dinov3_vit
+from dinov3_hf.convert import dinotxt, dinov3_convnext, dinov3_vit
 from dinov3_hf.convert.lazy_tensor import LazyTensor, read_all
+from dinov3_hf.models.dinotxt.configuration_dinotxt import DinoTxtConfig
+from dinov3_hf.models.dinotxt.modeling_dinotxt import DinoTxtModel
 from dinov3_hf.models.dinov3_convnext.configuration_dinov3_convnext import DINOv3ConvNextConfig
 from dinov3_hf.models.dinov3_convnext.modeling_dinov3_convnext import DINOv3ConvNextModel
 from dinov3_hf.models.dinov3_convnext.presets import PRESETS as CONVNEXT_PRESETS
@@ -25,18 +27,26 @@ def is_inventory(content: Any) -> bool:
 def check_inventory(content: dict[str, Any], compare: Comparison) -> None:
     """Names, shapes and parameters of our network for the recorded constructor arguments."""
     classes = [call["class"] for call in content["constructor_calls"]]
-    if len(classes) != 1 or classes[0] not in NETWORKS or "entries_with_prefix_omitted" in content:
+    with_text = "text_model.backbone.positional_embedding" in content["state_dict"]
+    if len(classes) != 1 or classes[0] not in NETWORKS or ("entries_with_prefix_omitted" in content and not with_text):
         raise NotInThePackageYet(f"inventory of {content['model']} ({content['what']})")
     config_from_native, native_tensors = NETWORKS[classes[0]]
-    ours = native_tensors(config_from_native(content["constructor_calls"][0]["kwargs"]))
+    config = config_from_native(content["constructor_calls"][0]["kwargs"])
+    ours = _dinotxt_tensors(config) if with_text else native_tensors(config)
     recorded = content["state_dict"]
+    compare.check_pair("parameters_total", _num_parameters(ours), content["parameters_total"])
+    if with_text:  # the backbone's have an inventory of their own
+        prefix, count = (content["entries_with_prefix_omitted"][name] for name in ("prefix", "count"))
+        others = {name: tensor for name, tensor in ours.items() if not name.startswith(prefix)}
+        compare.check_pair("entries_with_prefix_omitted/count", len(ours) - len(others), count)
+        compare.check_pair("n_entries", len(ours), content["n_entries"])
+        ours = others
     compare.misses += [f"{name}: not recorded" for name in ours if name not in recorded]
     for name, (shape, _, _) in recorded.items():
         if name not in ours:
             compare.misses.append(f"{name}: not compared")
         else:
             compare.check_pair(f"{name}/shape", torch.tensor(ours[name].shape), torch.tensor(shape))
-    compare.check_pair("parameters_total", _num_parameters(ours), content["parameters_total"])
 
 
 def is_summary(content: Any) -> bool:
@@ -54,6 +64,8 @@ def check_summary(content: dict[str, dict[str, Any]], compare: Comparison) -> No
             ours = _vit_tensors(DINOv3ViTConfig.from_preset(preset))
         elif preset in CONVNEXT_PRESETS:
             ours = _convnext_tensors(DINOv3ConvNextConfig.from_preset(preset))
+        elif name == dinotxt.RELEASED:
+            ours = _dinotxt_tensors(DINOv3ViTConfig.from_preset("vitl16"))
         else:
             compare.notes.append(f"not in the package yet: {name} ({recorded['what']})")
             continue
@@ -72,6 +84,13 @@ def _convnext_tensors(config: DINOv3ConvNextConfig) -> dict[str, Tensor]:
         ours = DINOv3ConvNextModel(config).state_dict()
     tensors = {name: LazyTensor.of(tensor) for name, tensor in ours.items()}
     return read_all(dinov3_convnext.from_hf(tensors, config).tensors)
+
+
+def _dinotxt_tensors(backbone: DINOv3ViTConfig) -> dict[str, Tensor]:
+    """Of the released text tower and head around a backbone: our defaults."""
+    config = DinoTxtConfig(vision_config={"backbone_config": backbone})
+    with torch.device("meta"):
+        return dinotxt.state_dict_to_native(DinoTxtModel(config).state_dict(), config)
 
 
 def _num_parameters(native: dict[str, Tensor]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from . import (
     augmentation,
     convnext,
+    dinotxt,
     distillation,
     evaluation,
     heads,
@@ -88,12 +89,12 @@ KINDS: dict[str, Check] = {
             *("mask_ratio_min_max", "mask_probability", "random_circular_shift"),
         ),
     ),
+    "dinotxt": Check(dinotxt.check_dinotxt, dinotxt.SETTINGS),
+    "contrastive_two_processes": Check(dinotxt.check_contrastive_two_processes, ("world_size",)),
     "knn": Check(evaluation.check_knn, ("num_classes", "ks", "temperatures")),
 }
 
 KINDS_NOT_IN_THE_PACKAGE_YET = (
-    "dinotxt",
-    "contrastive_two_processes",
     "logistic_regression",
     "multi_scale",
     "segmentation_metrics",
@@ -133,7 +134,7 @@ JSON_TOPICS: tuple[JsonTopic, ...] = (
     JsonTopic("initialisation", initialisation.is_initialisation, initialisation.check_initialisation),
     JsonTopic("inventory", inventory.is_inventory, inventory.check_inventory),
     JsonTopic("augmentation", _has("order_global_crop", "measured_shapes"), augmentation.check_augmentation),
-    JsonTopic("text tokenizer", _has("context_length", "vocab_size", "rows"), None),
+    JsonTopic("text tokenizer", dinotxt.is_tokenizer, dinotxt.check_tokenizer),
     JsonTopic("parameter counts", inventory.is_summary, inventory.check_summary),
     JsonTopic("settings of the released heads", _has("dinov3_vit7b16_dd", "dinov3_vit7b16_lc"), None),
 )

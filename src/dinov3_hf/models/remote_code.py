@@ -9,6 +9,7 @@ means of them can be saved again and opens again.
 import ast
 import inspect
 import os
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import resolve_name
 from pathlib import Path
@@ -37,6 +38,7 @@ class RemoteCodeConfigMixin(RemoteCodeMixin):
     """For configurations of model types of our own. Comes before `PreTrainedConfig` in the bases."""
 
     remote_code_module: ClassVar[str]  # the modeling module, which stands beside the module of the configuration
+    remote_code_beside: ClassVar[tuple[str, ...]] = ()  # modules beside it that it does not import: processors
     remote_code_classes: ClassVar[
         dict[str, str]
     ]  # Auto class -> class in that module; the configuration class is "AutoConfig"
@@ -53,16 +55,35 @@ class RemoteCodeConfigMixin(RemoteCodeMixin):
         self.__dict__.pop("auto_map", None)
         if not self.is_stock_representable:
             package = type(self).__module__.rpartition(".")[0]
-            sources = flat_sources(f"{package}.{self.remote_code_module}")
-            imports = [f"from .{name} import *  # noqa: F403" for name in sorted(sources)]
-            sources[_ENTRY] = "\n".join(["# SPDX-License-Identifier: Apache-2.0", _ENTRY_DOCSTRING, "", *imports, ""])
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for name, source in sources.items():
-                _write_whole(Path(save_directory, f"{name}.py"), source)
+            write_code(save_directory, package, (self.remote_code_module, *self.remote_code_beside))
             # One entry for all classes: transformers imports the files anew for each entry, and a model would not know
             # the class of its own configuration.
-            self.auto_map = {auto: f"{_ENTRY}.{name}" for auto, name in self.remote_code_classes.items()}
+            self.auto_map = {auto: remote_name(name) for auto, name in self.remote_code_classes.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def remote_name(class_name: str) -> str:
+    """What `auto_map` calls a class whose module is in the folder."""
+    return f"{_ENTRY}.{class_name}"
+
+
+def write_code(folder: str | os.PathLike[str], package: str, modules: Iterable[str]) -> None:
+    """
+    Write modules, and all modules of ours that they import, into a folder; `auto_map` finds them there.
+
+    Args:
+        folder: made when it is absent.
+        package: full name of the package of the modules, or of their copies that transformers has imported.
+        modules: names of modules in it.
+    """
+    sources: dict[str, str] = {}
+    for module in modules:
+        sources |= flat_sources(f"{package}.{module}")
+    imports = [f"from .{name} import *  # noqa: F403" for name in sorted(sources)]
+    sources[_ENTRY] = "\n".join(["# SPDX-License-Identifier: Apache-2.0", _ENTRY_DOCSTRING, "", *imports, ""])
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, source in sources.items():
+        _write_whole(Path(folder, f"{name}.py"), source)
 
 
 def flat_sources(module_name: str) -> dict[str, str]:
@@ -104,7 +125,8 @@ def _flat_source(module_name: str) -> tuple[str, list[str]]:
 def _flat_name(module_name: str) -> str:
     """`dinov3_vit_layers` for `dinov3_hf.models.dinov3_vit.layers`; names that say their model, and copies', stay."""
     *_, folder, name = module_name.split(".")
-    return name if "dinov3" in name or not _is_ours(module_name) else f"{folder}_{name}"
+    says_its_model = "dinov3" in name or "dinotxt" in name
+    return name if says_its_model or not _is_ours(module_name) else f"{folder}_{name}"
 
 
 def _is_ours(module_name: str) -> bool:

@@ -1,0 +1,1 @@
+"""dino.txt: a frozen DINOv3 backbone whose features are aligned with text."""
