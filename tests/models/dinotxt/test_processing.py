@@ -107,7 +107,7 @@ def test_the_folder_has_all_code_once(folder):
     assert auto_map["AutoModel"] == "auto_classes.DinoTxtModel"
 
 
-@pytest.mark.parametrize("version", VERSIONS[:1])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_without_this_package(folder, scores, tmp_path, version):
     run_without_us(version, SCRIPT, folder, tmp_path, *LABELS, HF_MODULES_CACHE=str(tmp_path / "modules"))
     found = json.loads((tmp_path / "found.json").read_text())

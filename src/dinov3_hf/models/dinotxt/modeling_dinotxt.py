@@ -9,7 +9,9 @@ tokens of a text, D width of a tower, D' width of the vision head's tokens, E wi
 the vision head, K images that go through a branch.
 """
 
+import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +87,13 @@ class DinoTxtPreTrainedModel(RemoteCodeMixin, PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, DINOv3ViTLayerScale):
             init.constant_(module.lambda1, module.initial_value)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as [`PreTrainedModel.save_pretrained`] does."""
+        # Our parameters already have the names of the file. Some versions of transformers would revert to all names
+        # of the model what they do to those of a DINOv3 backbone, and save `text_layer` for `text_model.layer`.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class DinoTxtTextModel(DinoTxtPreTrainedModel):
