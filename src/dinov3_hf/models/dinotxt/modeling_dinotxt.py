@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
@@ -28,6 +28,9 @@ from dinov3_hf.models.dinov3_vit.layers import DINOv3ViTLayerScale, num_kept
 from dinov3_hf.models.remote_code import RemoteCodeMixin
 from dinov3_hf.objectives.contrastive import contrastive_loss
 from dinov3_hf.objectives.gram import gram_loss
+
+# Where files are, among the arguments of `from_pretrained`.
+_WHERE = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass
@@ -206,7 +209,6 @@ class DinoTxtVisionModel(DinoTxtPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$"]
 
     def __init__(self, config: DinoTxtVisionConfig) -> None:
         super().__init__(config)
@@ -233,6 +235,25 @@ class DinoTxtVisionModel(DinoTxtPreTrainedModel):
             init.trunc_normal_(module.weight, mean=0.0, std=0.02, a=-2.0, b=2.0)
             if module.bias is not None:
                 init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> "DinoTxtVisionModel":
+        """
+        Load as [`PreTrainedModel.from_pretrained`] does; out of the folder of a whole [`DinoTxtModel`], this tower.
+
+        The whole model is then loaded first: some versions of transformers lose the backbone where they take the
+        tower's names out of it.
+        """
+        where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+        fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
+        if fields.get("model_type") != DinoTxtConfig.model_type:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded: Any = DinoTxtModel.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("output_loading_info", False):
+            return loaded[0].vision_model, loaded[1]
+        return loaded.vision_model
 
     def train(self, mode: bool = True) -> "DinoTxtVisionModel":
         super().train(mode)
