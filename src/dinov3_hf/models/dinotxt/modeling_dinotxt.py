@@ -239,7 +239,7 @@ class DinoTxtVisionModel(DinoTxtPreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> "DinoTxtVisionModel":
+    ) -> Any:
         """
         Load as [`PreTrainedModel.from_pretrained`] does; out of the folder of a whole [`DinoTxtModel`], this tower.
 
