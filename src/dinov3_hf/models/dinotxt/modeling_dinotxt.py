@@ -237,9 +237,7 @@ class DinoTxtVisionModel(DinoTxtPreTrainedModel):
                 init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """
         Load as [`PreTrainedModel.from_pretrained`] does; out of the folder of a whole [`DinoTxtModel`], this tower.
 
