@@ -48,10 +48,16 @@ REGISTERED = {
         "dinov3_convnext_native": "DINOv3ConvNextNativeConfig",
         "dinov3_pretraining": "DINOv3PreTrainingConfig",
         "dinov3_distillation": "DINOv3DistillationConfig",
+        "dinotxt": "DinoTxtConfig",
+        "dinotxt_text": "DinoTxtTextConfig",
+        "dinotxt_vision": "DinoTxtVisionConfig",
     },
     "AutoModel": {
         "dinov3_vit_native": "DINOv3ViTNativeModel",
         "dinov3_convnext_native": "DINOv3ConvNextNativeModel",
+        "dinotxt": "DinoTxtModel",
+        "dinotxt_text": "DinoTxtTextModel",
+        "dinotxt_vision": "DinoTxtVisionModel",
     },
     "AutoBackbone": {
         "dinov3_vit_native": "DINOv3ViTNativeBackbone",
@@ -61,6 +67,7 @@ REGISTERED = {
         "dinov3_pretraining": "DINOv3ForPreTraining",
         "dinov3_distillation": "DINOv3ForDistillation",
     },
+    "AutoModelForZeroShotImageClassification": {"dinotxt": "DinoTxtModel"},
 }
 
 
